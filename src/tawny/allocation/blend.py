@@ -70,9 +70,9 @@ class Blend(Allocator):
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         members = self.members
-        made = [
+        parts = [
             member.allocate(members.profile_of(name, profile), target)
             for name, member in members.allocators.items()
         ]
-        mean = {info.name: sum(one[info.name] for one in made) / len(made) for info in profile.linears}
+        mean = {info.name: sum(one[info.name] for one in parts) / len(parts) for info in profile.linears}
         return exact(mean, profile.sizes, target)

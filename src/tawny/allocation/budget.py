@@ -86,22 +86,22 @@ def mixed_bits(
     least, most = levels[0], levels[-1]
     shifted = _shift(allocation, sizes, 1 - mean / most, 0.0, 1 - least / most)
     wish = {name: _snap(most * (1 - share)) for name, share in shifted.items()}
-    found = {name: max(level for level in levels if level <= value) for name, value in wish.items()}
-    left = mean * sum(sizes[name] for name in wish) - sum(found[name] * sizes[name] for name in found)
+    chosen = {name: max(level for level in levels if level <= value) for name, value in wish.items()}
+    left = mean * sum(sizes[name] for name in wish) - sum(chosen[name] * sizes[name] for name in chosen)
     above = dict(pairwise(levels))
 
     def behind(name: str) -> float:  # of the step to the next level, the share that the wish has gone
-        low = found[name]
+        low = chosen[name]
         return (wish[name] - low) / (above[low] - low) if low in above else 0.0
 
     rose = True
     while rose:  # a linear may rise more than once where others are too large
         rose = False
-        for name in sorted(found, key=behind, reverse=True):
-            step = (above.get(found[name], math.inf) - found[name]) * sizes[name]
+        for name in sorted(chosen, key=behind, reverse=True):
+            step = (above.get(chosen[name], math.inf) - chosen[name]) * sizes[name]
             if step <= left + 1e-9:
-                found[name], left, rose = above[found[name]], left - step, True
-    return found
+                chosen[name], left, rose = above[chosen[name]], left - step, True
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,13 @@ def whole_ranks(wish: Mapping[str, float], profile: Profile, target: float) -> A
 
 def given_members(wish: Mapping[str, float], profile: Profile) -> Allocation:
     """Numbers that each linear was given on purpose, as the nearest whole members of its coupling."""
-    made: Allocation = {}
+    allocation: Allocation = {}
     for unit in _units(profile):
         linears = [linear for linear in profile.linears if linear.coupling == unit.name]
         share = math.fsum(wish[x.name] * x.numel for x in linears) / unit.size
         count = min(unit.members - 1, round(_snap(share * unit.members)))
-        made |= {linear.name: count / unit.members for linear in linears}
-    return made
+        allocation |= {linear.name: count / unit.members for linear in linears}
+    return allocation
 
 
 def given_blocks(wish: Mapping[str, float], profile: Profile) -> Allocation:
@@ -215,11 +215,11 @@ def given_blocks(wish: Mapping[str, float], profile: Profile) -> Allocation:
 
 def _units(profile: Profile) -> list[_Unit]:
     """The couplings, block by block, those of few large members first."""
-    found: dict[str, _Unit] = {}
+    units: dict[str, _Unit] = {}
     for x in profile.linears:
-        size = found[x.coupling].size if x.coupling in found else 0
-        found[x.coupling] = _Unit(x.coupling, x.block, x.members, size + x.numel)
-    return sorted(found.values(), key=lambda unit: (unit.block, -unit.cost))
+        size = units[x.coupling].size if x.coupling in units else 0
+        units[x.coupling] = _Unit(x.coupling, x.block, x.members, size + x.numel)
+    return sorted(units.values(), key=lambda unit: (unit.block, -unit.cost))
 
 
 def _rounded(units: Sequence[_Unit], share: Mapping[str, float], across_blocks: bool) -> dict[str, int]:
@@ -279,7 +279,7 @@ def given_nm(allocation: Mapping[str, float], m: int) -> Allocation:
     Raises:
         RecipeError: one is no whole n of m; names the linear and what could be written instead.
     """
-    made: Allocation = {}
+    given: Allocation = {}
     for name, sparsity in allocation.items():
         kept = m * (1 - sparsity)
         n = round(kept)
@@ -290,8 +290,8 @@ def given_nm(allocation: Mapping[str, float], m: int) -> Allocation:
                 f"{name} is given sparsity {sparsity:g}, which keeps {kept:.4g} of every {m} weights; expected a whole "
                 f"number from 1 to {m}: write {near}"
             )
-        made[name] = 1 - n / m
-    return made
+        given[name] = 1 - n / m
+    return given
 
 
 def spread_in_blocks(allocation: Mapping[str, float], profile: Profile) -> dict[int, float]:

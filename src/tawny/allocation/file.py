@@ -291,10 +291,10 @@ class File(Allocator):
 
     def _checked_text(self) -> str:
         content = self._bytes()
-        found = hashlib.sha256(content).hexdigest()
-        if self.sha256 not in (None, found):
+        digest = hashlib.sha256(content).hexdigest()
+        if self.sha256 not in (None, digest):
             raise RecipeError(
-                f"the allocation {self.path!r} has changed: its SHA-256 is {found[:12]}…, the recipe was made for "
+                f"the allocation {self.path!r} has changed: its SHA-256 is {digest[:12]}…, the recipe was made for "
                 f"{str(self.sha256)[:12]}…; give the old file, or leave allocator.sha256 out of the recipe"
             )
         try:

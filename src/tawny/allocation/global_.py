@@ -39,10 +39,10 @@ def _packed(numbers: Tensor) -> str:
 
 
 def _unpacked(text: str) -> list[int]:
-    made: list[int] = torch.frombuffer(
+    counts: list[int] = torch.frombuffer(
         bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.int64
     ).tolist()
-    return made
+    return counts
 
 
 @dataclass(frozen=True)

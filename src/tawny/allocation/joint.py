@@ -36,17 +36,17 @@ class Joint:
 
     def _measure(self, linears: Linears, done: list[tuple[Allocator, dict[str, Any]]]) -> dict[str, Any]:
         """Each allocator once: spectra that `alpha` wants and a blend of `alpha` too are taken for both."""
-        made: dict[str, Any] = {}
+        measures: dict[str, Any] = {}
         for name, allocator in self.measuring.items():
             if isinstance(allocator, _Joined):
-                made[name] = allocator.members._measure(linears, done)
+                measures[name] = allocator.members._measure(linears, done)
                 continue
             known = next((measured for other, measured in done if other == allocator), None)
             if known is None:
                 known = allocator.measure(linears)
                 done.append((allocator, known))
-            made[name] = known
-        return made
+            measures[name] = known
+        return measures
 
     def profile_of(self, name: str, walked: Profile) -> Profile:
         """What the walk measured for one of the allocators."""
@@ -84,11 +84,11 @@ class Survey(Measuring):
         return max(self.joint.workspace(shapes), 16 * largest(shapes))
 
     def measure(self, linears: Linears) -> dict[str, Any]:
-        made: dict[str, Any] = {}
+        measures: dict[str, Any] = {}
         if self.Ms:
             zeros = sum(int((weight == 0).sum()) for weight, _ in linears.values())
-            made = {**measure_outliers(linears, self.Ms), "zeros": zeros}
-        return {**made, "allocators": self.joint.measure(linears)}
+            measures = {**measure_outliers(linears, self.Ms), "zeros": zeros}
+        return {**measures, "allocators": self.joint.measure(linears)}
 
     def profile_of(self, name: str, walked: Profile) -> Profile:
         """What the walk measured for one of the allocators; what every walk knows for one that it was not told of."""

@@ -99,15 +99,15 @@ def reactions(
     """
     total, roles = math.fsum(of_block.values()), math.fsum(of_role.values())
     scale = total / roles if roles > 0 else 0.0
-    found = {name: max(0.0, error) for name, error in errors.items()}
+    slopes = {name: max(0.0, error) for name, error in errors.items()}
 
     def fit(key: Callable[[str], object], wanted: Mapping[object, float]) -> float:
         sums: dict[object, float] = {}
-        for name, share in found.items():
+        for name, share in slopes.items():
             sums[key(name)] = sums.get(key(name), 0.0) + share
         factors = {each: wanted[each] / value if value > 0 else 0.0 for each, value in sums.items()}
-        for name in found:
-            found[name] *= factors[key(name)]
+        for name in slopes:
+            slopes[name] *= factors[key(name)]
         return max((abs(value - 1) for value in factors.values() if value > 0), default=0.0)
 
     blocks: dict[object, float] = dict(of_block.items())
@@ -116,4 +116,4 @@ def reactions(
         fit(lambda name: role[name], scaled)
         if fit(lambda name: block[name], blocks) < 1e-9:
             break
-    return found
+    return slopes

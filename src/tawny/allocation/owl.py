@@ -74,15 +74,15 @@ class Owl(Allocator):
         return whole + 16 * largest(shapes)
 
     def measure(self, linears: Linears) -> dict[str, Any]:
-        made = measure_outliers(linears, (self.M,), official=self.compat == "official")
+        measures = measure_outliers(linears, (self.M,), official=self.compat == "official")
         if self.granularity != "block":
             parts: dict[str, dict[str, tuple[Tensor, Statistics | None]]] = {}
             for name, inputs in linears.items():
                 parts.setdefault(_part(name, self.granularity), {})[name] = inputs
-            made["parts"] = {
+            measures["parts"] = {
                 part: measure_outliers(some, (self.M,))["outlier_share"] for part, some in parts.items()
             }
-        return made
+        return measures
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         if self.granularity != "block":

@@ -101,10 +101,10 @@ def parse_texts(given: Texts) -> tuple[Source, ...]:
         raise TextError(
             f"text {in_words(given)!r} names nothing: give one such as wiki, or wiki=0.6 and code.jsonl=0.4"
         )
-    told = [share for _, share in parted if share is not None]
-    total, silent = sum(told), len(parted) - len(told)
+    shares = [share for _, share in parted if share is not None]
+    total, silent = sum(shares), len(parted) - len(shares)
     off = total >= 1 if silent else abs(total - 1) > _ROUNDING
-    if off or any(not share > 0 for share in told):
+    if off or any(not share > 0 for share in shares):
         rest = " and leave something for those without one" if silent else ""
         raise TextError(
             f"the shares of {in_words(given)} add up to {total:g}; expected shares above 0 that add up to 1{rest}"
@@ -118,12 +118,12 @@ def check_texts(given: Texts) -> None:
     """Raise a TextError, before anything is read, for what `parse_texts` refuses and for files that are not there."""
     for source in parse_texts(given):
         try:
-            found = source.path is None or source.path.exists()
+            exists = source.path is None or source.path.exists()
         except PermissionError as error:
             raise TextError(f"{source.spec!r} may not be read: {error.strerror}") from None
         except (OSError, RuntimeError):  # too long for a name, or of a home that nobody has
             raise unknown_text(f"{source.spec[:60]}…" if len(source.spec) > 60 else source.spec) from None
-        if not found:
+        if not exists:
             if source.pictures is not None:
                 raise TextError(f"{source.spec!r}: no such folder; give one that holds pictures")
             raise unknown_text(source.spec)
@@ -146,12 +146,12 @@ def in_words(given: Texts) -> str:
 
 def texts_identity(given: Texts) -> list[list[Any]]:
     """The sources, and what their files hold; the name of a text that Tawny knows says that."""
-    made = []
+    identity = []
     for source in parse_texts(given):
         file = source.path
         held = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else None
-        made.append([source.spec, source.share, held])
-    return made
+        identity.append([source.spec, source.share, held])
+    return identity
 
 
 @dataclass(frozen=True)
@@ -182,14 +182,14 @@ class Mixture:
 
     def about(self, tokens: Sequence[int]) -> dict[str, Any]:
         """For a record: names, hashes and sizes; `tokens` are those of each text."""
-        made: dict[str, Any] = {"name": self.name, "sha256": self.sha256, "tokens": sum(tokens)}
+        facts: dict[str, Any] = {"name": self.name, "sha256": self.sha256, "tokens": sum(tokens)}
         if len(self.texts) > 1 or self.texts[0].written:
-            made["sources"] = [
+            facts["sources"] = [
                 {"name": text.name, "share": share, "sha256": text.sha256, "tokens": count}
                 | ({"written": dict(text.written)} if text.written else {})
                 for text, share, count in zip(self.texts, self.shares, tokens, strict=True)
             ]
-        return made
+        return facts
 
 
 def load_texts(

@@ -79,12 +79,12 @@ class Input:
         """
         if self._statistics is None:
             return {}
-        made, self._statistics = self._statistics.finish(exact), None
-        if not bool(torch.isfinite(made.squared_norms).all()):
+        statistics, self._statistics = self._statistics.finish(exact), None
+        if not bool(torch.isfinite(statistics.squared_norms).all()):
             first = self.linears[0]
             compute = getattr(first.module, first.parameter).dtype
             raise NumericalError(f"{first.name} receives NaN or infinite activations {way_out(compute)}")
-        return {linear.name: made for linear in self.linears}
+        return {linear.name: statistics for linear in self.linears}
 
 
 def padding(stream: Stream, chunk: int) -> Tensor | None:
@@ -94,8 +94,8 @@ def padding(stream: Stream, chunk: int) -> Tensor | None:
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found
+    argument: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return argument
 
 
 class _Watcher:
@@ -128,9 +128,9 @@ class _Watcher:
                 shared.linears.append(linear)
                 self.input_of[linear.name] = shared
             else:
-                made = self._new(linear, x)
-                self.stages.append(Stage(made.linears))
-                self._this_forward.append((x, x._version, made))
+                entry = self._new(linear, x)
+                self.stages.append(Stage(entry.linears))
+                self._this_forward.append((x, x._version, entry))
         source = self.input_of.get(linear.name)
         if source is None:
             raise ModelError(
@@ -187,10 +187,10 @@ class _Watcher:
             raise ModelError(
                 f"{linear.name} {list(linear.shape)} received inputs of width {x.shape[-1]}; expected {linear.shape[1]}"
             )
-        made = Input([linear], self.needs, self.device)
-        self.inputs.append(made)
-        self.input_of[linear.name] = made
-        return made
+        entry = Input([linear], self.needs, self.device)
+        self.inputs.append(entry)
+        self.input_of[linear.name] = entry
+        return entry
 
     def learnt(self, to_the_end: bool) -> None:
         """After the first chunk: all must have been seen, and the last plain linear may end a forward."""
@@ -280,9 +280,9 @@ def observe(
         for chunk, hidden in enumerate(stream.hidden):
             watcher.begin(padding(stream, chunk))
             with contextlib.suppress(_Enough):
-                made = stream.stack.forward(index, hidden, stream.call(index, chunk))
+                outputs = stream.stack.forward(index, hidden, stream.call(index, chunk))
                 if advance:
-                    stream.replace(index, chunk, made)
+                    stream.replace(index, chunk, outputs)
             if chunk == 0:
                 watcher.learnt(to_the_end=advance)
             step()

@@ -72,8 +72,8 @@ def pictures_in(source: Source) -> list[Path]:
         TextError: there is none, or the source is a text.
     """
     if source.spec == SAMPLE:
-        found = [in_package(package, f"{below}/*.[jp][pn]g") for package, below in _SAMPLES]
-        folders = [path.parent for path in found if path is not None]
+        packaged = [in_package(package, f"{below}/*.[jp][pn]g") for package, below in _SAMPLES]
+        folders = [path.parent for path in packaged if path is not None]
         missing = "install scikit-image or scikit-learn: pip install 'tawny[images]', or give images:DIR"
     elif source.pictures is not None:
         folders, missing = [Path(source.pictures).expanduser()], "give a folder that holds some"
@@ -112,7 +112,7 @@ def read_pictures(
         BrokenPicture: one cannot be read, and `strict` was asked for.
     """
     generator = torch.Generator().manual_seed(seed)
-    made: list[Tensor] = []
+    tensors: list[Tensor] = []
     broken: dict[str, str] = {}
     counts, files = shared_out(samples, [source.share for source in sources]), 0
     for source, count in zip(sources, counts, strict=True):
@@ -135,8 +135,8 @@ def read_pictures(
             if not left:
                 path, why = next(iter(broken.items()))
                 raise TextError(f"{source.spec!r} holds no picture that can be read, first {path}: {why}")
-        made += rows
-    pixels = torch.stack([made[i] for i in interleaved(counts)]).float()
+        tensors += rows
+    pixels = torch.stack([tensors[i] for i in interleaved(counts)]).float()
     name = " + ".join(source.spec for source in sources)
     return Pictures(pixels, name, files, [f"{path}: {why}" for path, why in broken.items()])
 
@@ -176,5 +176,5 @@ def crop(path: Path, generator: torch.Generator) -> Any:
 
 def pixels_of(picture: Any, processor: Any) -> Tensor:
     """A picture as the model takes it, `[channels, height, width]` float32."""
-    made: Tensor = processor(images=picture, return_tensors="pt")[PIXELS][0]
-    return made.float()
+    pixels: Tensor = processor(images=picture, return_tensors="pt")[PIXELS][0]
+    return pixels.float()

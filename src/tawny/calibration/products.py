@@ -60,7 +60,7 @@ class ExpertProducts(TorchFunctionMode):
         self._gathered: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        product = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and len(args) > 1:
             self._look(args[0], args[1], *_PRODUCTS[func])
         elif (
@@ -69,7 +69,7 @@ class ExpertProducts(TorchFunctionMode):
             and (args[0].dim(), index.dim(), index.dtype) == (2, 1, torch.int64)
         ):
             self._gathered = index
-        return made
+        return product
 
     def _look(self, x: Tensor, w: Tensor, inputs: int, outputs: int) -> None:
         for fused in self._fused:

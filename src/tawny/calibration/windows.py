@@ -137,10 +137,10 @@ def _around(tokenizer: Any) -> tuple[int | None, int | None]:
 def shared_out(count: int, shares: Sequence[float]) -> list[int]:
     """`count` in whole numbers by shares; what rounding leaves goes to the largest remainders."""
     exact = [count * share / sum(shares) for share in shares]
-    made = [math.floor(x + 1e-9) for x in exact]
-    for index in sorted(range(len(made)), key=lambda i: made[i] - exact[i])[: count - sum(made)]:
-        made[index] += 1
-    return made
+    counts = [math.floor(x + 1e-9) for x in exact]
+    for index in sorted(range(len(counts)), key=lambda i: counts[i] - exact[i])[: count - sum(counts)]:
+        counts[index] += 1
+    return counts
 
 
 def interleaved(counts: Sequence[int]) -> list[int]:

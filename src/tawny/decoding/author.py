@@ -83,11 +83,11 @@ class Author:
             TextError: nothing to begin with, or the model writes nothing but its end token.
         """
         rows = min(TEXTS, max(1, math.ceil(tokens / SHORTEST)))
-        told: dict[str, float] = {"tokens": tokens, "length": LENGTH, "texts": rows, "seed": self.seed}
-        told |= {"hottest": HOTTEST, "cooled": COOLED, "passage": PASSAGE}
+        settings: dict[str, float] = {"tokens": tokens, "length": LENGTH, "texts": rows, "seed": self.seed}
+        settings |= {"hottest": HOTTEST, "cooled": COOLED, "passage": PASSAGE}
         if self.identity is None:
-            return joined(OWN, self._documents(tokens, rows), written=told)
-        known = {"model": self.identity(), "starts": self._starts(), "seeds": "of each batch", **told}
+            return joined(OWN, self._documents(tokens, rows), written=settings)
+        known = {"model": self.identity(), "starts": self._starts(), "seeds": "of each batch", **settings}
         key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
         kept = cache_folder() / "texts" / f"{key}.jsonl"
 
@@ -103,8 +103,10 @@ class Author:
                 part.unlink(missing_ok=True)
 
         keep() if self.group is None else self.group.once(keep)
-        found = load_text(kept)
-        return Text(OWN, found.text, found.documents, found.sha256, found.separator, written=told)
+        kept_text = load_text(kept)
+        return Text(
+            OWN, kept_text.text, kept_text.documents, kept_text.sha256, kept_text.separator, written=settings
+        )
 
     def _documents(self, tokens: int, rows: int, kept: Path | None = None) -> list[str]:
         """The texts; each batch stays beside `kept` until all of them are there."""
@@ -122,13 +124,13 @@ class Author:
         parts = [None if kept is None else kept.with_suffix(f".{batch}.part") for batch in range(batches)]
         missing = sum(part is None or not part.exists() for part in parts)
         self.progress.phase("writing", missing * length, f"tokens of {rows} texts")
-        made: list[str] = []
+        documents: list[str] = []
         ends = _end_tokens(model, self.tokenizer)
         gpus = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus), torch.no_grad(), evaluating(model):
             for batch, part in enumerate(parts):
                 if part is not None and part.exists():
-                    made += json.loads(part.read_text(encoding="utf-8"))
+                    documents += json.loads(part.read_text(encoding="utf-8"))
                     continue
                 torch.manual_seed(self.seed + _BATCH_SEED * batch)
                 start = starts[batch % len(starts)]
@@ -144,13 +146,13 @@ class Author:
                     else written_RT
                 )
                 texts = self.tokenizer.batch_decode(whole_RT.tolist(), clean_up_tokenization_spaces=False)
-                made += texts
+                documents += texts
                 if part is not None:
                     with durable.writing(part, _ELSEWHERE):
                         durable.write(part, json.dumps(texts).encode())
         del model
         gc.collect()  # a model refers to itself, and whatever comes next needs the memory
-        return made
+        return documents
 
     def check_memory(self) -> None:
         """Raise a RecipeError if the whole model does not fit into the memory that was promised."""
@@ -200,8 +202,8 @@ def author_of(
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    found = getattr(model.generation_config, "eos_token_id", None)
-    ends = found if isinstance(found, list) else [found]
+    end = getattr(model.generation_config, "eos_token_id", None)
+    ends = end if isinstance(end, list) else [end]
     return [int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None]
 
 
@@ -226,14 +228,14 @@ def _sampled(model: Any, start_RT: Tensor, length: int, progress: Progress) -> T
     # `generate` fills what a configuration leaves open from the model's own, whose end token would end a text.
     usual, model.generation_config = model.generation_config, plain
     try:
-        found: Tensor = model.generate(
+        sampled: Tensor = model.generate(
             start_RT.to(model.device),
             attention_mask=torch.ones_like(start_RT).to(model.device),
             logits_processor=LogitsProcessorList([shaped]),
         )
     finally:
         model.generation_config = usual
-    return found.cpu()[:, first:]
+    return sampled.cpu()[:, first:]
 
 
 def _drawn(scores_RV: Tensor) -> Tensor:

@@ -75,6 +75,6 @@ def holds_something(cache: Any) -> bool:
     """Whether a model has put anything into the cache it was given."""
     for layer in cache.layers:
         states = (getattr(layer, f"is_{kind}_states_initialized", {}) for kind in ("conv", "recurrent"))
-        if getattr(layer, "is_initialized", False) or any(any(found.values()) for found in states):
+        if getattr(layer, "is_initialized", False) or any(any(filled.values()) for filled in states):
             return True
     return False

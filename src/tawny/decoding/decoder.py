@@ -79,9 +79,9 @@ class Decoder:
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
 
-        made, kind = DynamicCache(config=self.model.config.get_text_config(decoder=True)), reserved_layer()
-        made.layers = [kind(self._reserve) if type(one) is DynamicLayer else one for one in made.layers]
-        return made
+        cache, kind = DynamicCache(config=self.model.config.get_text_config(decoder=True)), reserved_layer()
+        cache.layers = [kind(self._reserve) if type(one) is DynamicLayer else one for one in cache.layers]
+        return cache
 
     @property
     def path(self) -> str:
@@ -103,16 +103,16 @@ class Decoder:
         """With the cache that the model makes, or without any."""
         self.length, self._want_quick, self._told = 0, False, False
         del self._arguments[self._cached]
-        made = self._run(ids)
+        output = self._run(ids)
         self.length = ids.shape[1]
-        cache = cache_in(made)
+        cache = cache_in(output)
         if cache is None:
             self._read = ids
             self._arguments["use_cache"] = False
         else:
             self._arguments[self._cached] = cache
             self._told = self._must_be_told(None)
-        return _last(made)
+        return _last(output)
 
     def step(self, token: int) -> Tensor:
         """Logits `[vocabulary]` after one more token; the next step may overwrite them."""
@@ -137,8 +137,8 @@ class Decoder:
         """Keys and values `[1, capacity, heads, dim]` of every layer; None where one of them keeps something else."""
         if not all(isinstance(layer, reserved_layer()) for layer in self.cache.layers):
             return None
-        found = [layer.memory for layer in self.cache.layers]
-        return None if None in found else found
+        held = [layer.memory for layer in self.cache.layers]
+        return None if None in held else held
 
     def take(self, memory: list[list[Tensor]], length: int) -> None:
         """Use such memory, of which `length` tokens are filled, from now on."""
@@ -162,9 +162,9 @@ class Decoder:
                 self._border = None
                 if self.length:
                     return self._read_again(self._short)
-        made = self._run(ids)
+        output = self._run(ids)
         self.length = ids.shape[1] if self._read is not None else self.length + ids.shape[1]
-        return _last(made)
+        return _last(output)
 
     def _read_again(self, ids: Tensor) -> Tensor:
         """Begin anew with everything so far, because what the cache holds is no longer right."""
@@ -204,8 +204,8 @@ class Decoder:
         known[own] = False
         with torch.no_grad(), contextlib.suppress(Exception):  # one that cannot be asked so is not told
             whole = _last(self.model(input_ids=ids, use_cache=False))
-            told = distance(whole, position_ids=torch.ones_like(ids[:, :1]))
-            known[own] = told < distance(whole) / 2
+            moved = distance(whole, position_ids=torch.ones_like(ids[:, :1]))
+            known[own] = moved < distance(whole) / 2
         return known[own]
 
     # --- the quick path ------------------------------------------------------------------------------------
@@ -264,9 +264,9 @@ class Decoder:
             return module.forward(output[0], torch.tensor([[near]]))
 
         def logits_at(position: int) -> Tensor:
-            made = self.model(input_ids=ids, position_ids=torch.tensor([[position]]), **self._arguments)
+            output = self.model(input_ids=ids, position_ids=torch.tensor([[position]]), **self._arguments)
             self._rewind(near)
-            return _last(made)
+            return _last(output)
 
         hook = find_rotary(self.model).register_forward_hook(hold)
         try:

@@ -186,8 +186,8 @@ class Scheduler:
     def _read(self, job: ScheduledText, most: int) -> Tensor | None:
         """Logits `[vocabulary]` after the whole prompt, if this chunk was its last."""
         if job.asks:
-            found, logits = _likelihoods(self.model, job.request.ids, job.request.likelihoods or 0)
-            job.tell(found)
+            likelihoods, logits = _likelihoods(self.model, job.request.ids, job.request.likelihoods or 0)
+            job.tell(likelihoods)
             job.asks = False
             if job.room < 2:  # the next token, or none: this forward is enough for it
                 return logits
@@ -207,7 +207,7 @@ class Scheduler:
     def _step_together(self, jobs: list[ScheduledText]) -> None:
         tokens = {job.sequence: job.last for job in jobs if job.sequence is not None and job.last is not None}
         try:
-            made = self.sequences.step(tokens)
+            logits = self.sequences.step(tokens)
         except Exception as error:
             for job in jobs:
                 self._fail(job, error)
@@ -215,7 +215,7 @@ class Scheduler:
         for job in jobs:
             assert job.sequence is not None
             try:
-                self._take(job, made[job.sequence])
+                self._take(job, logits[job.sequence])
             except Exception as error:
                 self._fail(job, error)
 
@@ -224,14 +224,14 @@ class Scheduler:
         if job.room == 0:
             return self._end(job, job.finish)
         token, count = job.request.choose(logits), job.request.likelihoods
-        found = None if count is None else likelihood(logits, token, count)
+        chosen = None if count is None else likelihood(logits, token, count)
         if token in self.ends:
             if job.request.of_prompt:
-                job.tell(Token(token, "", found))
+                job.tell(Token(token, "", chosen))
             return self._end(job, "stop")
         job.last = token
         job.made += 1
-        job.tell(Token(token, job.stops.add(job.text.add(token)), found))
+        job.tell(Token(token, job.stops.add(job.text.add(token)), chosen))
         if job.stops.found or job.request.choose.over:
             self._end(job, "stop")
         elif job.made == job.room:
@@ -261,5 +261,5 @@ class Scheduler:
 def _likelihoods(model: Any, ids: Tensor, count: int) -> tuple[list[Likelihood | None], Tensor]:
     """Of each token of a prompt after those before it, and the logits `[vocabulary]` after the last."""
     logits = model(input_ids=ids[None].to(next(model.parameters()).device), use_cache=False).logits[0]
-    told = [likelihood(row, token, count) for row, token in zip(logits, ids[1:].tolist(), strict=False)]
-    return [None, *told], logits[-1]
+    rows = [likelihood(row, token, count) for row, token in zip(logits, ids[1:].tolist(), strict=False)]
+    return [None, *rows], logits[-1]

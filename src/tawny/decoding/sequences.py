@@ -191,14 +191,14 @@ class Sequences:
             if sequence.length == self.capacity:
                 raise UserError(f"a sequence has {self.capacity} tokens, and there is room for no more")
         if self._step is None:
-            made = {sequence: sequence.decoder.step(token) for sequence, token in tokens.items()}
+            stepped = {sequence: sequence.decoder.step(token) for sequence, token in tokens.items()}
         else:
             logits = self._step([(token, s.place, s.length) for s, token in tokens.items()])
-            made = dict(zip(tokens, logits, strict=True))
+            stepped = dict(zip(tokens, logits, strict=True))
         for sequence, token in tokens.items():
             sequence.length += 1
             self._places[sequence.place].add(token, 1)
-        return made
+        return stepped
 
     def end(self, sequence: Sequence) -> None:
         """Free its place; what it holds stays until another sequence needs it."""

@@ -132,8 +132,8 @@ class Step:
         self._library = native.library()
         self._library.tawny_step_sizes.restype = ctypes.c_int64
         self._library.tawny_step.argtypes = [_Pointer, ctypes.POINTER(_Token), _Size, _Flag]
-        found = self._library.tawny_step_sizes()
-        _need(found == ctypes.sizeof(_Decoder) << 32 | ctypes.sizeof(_Block))
+        sizes = self._library.tawny_step_sizes()
+        _need(sizes == ctypes.sizeof(_Decoder) << 32 | ctypes.sizeof(_Block))
         self._alive: list[Any] = [memory]
         base, blocks = find_blocks(model)
         self._embedding = model.get_input_embeddings()
@@ -262,16 +262,16 @@ class Step:
             _need(len(fused) == mixture.experts)
             for expert in range(mixture.experts):
                 one = fused[expert]
-                made = self._product(one) if isinstance(one, PackedLinear) else self._dense(one)
-                _need((made.rows, made.cols) == shape)
-                described[2 * expert + number] = made
+                product = self._product(one) if isinstance(one, PackedLinear) else self._dense(one)
+                _need((product.rows, product.cols) == shape)
+                described[2 * expert + number] = product
         self._alive.append(described)
         return ctypes.addressof(described)
 
     def _floats(self, tensor: Tensor) -> int:
-        made = tensor.detach().to("cpu", torch.float32).contiguous()
-        self._alive.append(made)
-        return made.data_ptr()
+        floats = tensor.detach().to("cpu", torch.float32).contiguous()
+        self._alive.append(floats)
+        return floats.data_ptr()
 
     def _aligned(self, count: int, dtype: torch.dtype) -> int:
         # A whole number of vectors, aligned, so that products take it as it is.
@@ -283,8 +283,8 @@ class Step:
         """Cosine and sine `[capacity, rotated]`, rounded as the model itself rounds them."""
         rotary = find_rotary(model)
         _need(getattr(rotary, "rope_type", None) in _ROTARIES)
-        made = rotary(torch.zeros(1, dtype=dtype), torch.arange(capacity)[None])
-        cosine, sine = (part[0].float().contiguous() for part in made)
+        angles = rotary(torch.zeros(1, dtype=dtype), torch.arange(capacity)[None])
+        cosine, sine = (part[0].float().contiguous() for part in angles)
         _need(cosine.shape == sine.shape and cosine.shape[0] == capacity)
         return cosine, sine
 
@@ -304,10 +304,10 @@ def _mixture(parts: dict[str, Any], width: int) -> _Mixture:
     router, experts = parts["router"], parts["experts"]
     x = torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(router.weight.dtype)
     with torch.no_grad():
-        made = router(x)
+        routed = router(x)
         likely = torch.softmax((x @ router.weight.T).float(), -1)[0]
-    picks = [t for t in made if t.dtype is torch.long]
-    shares = [t for t in made if t.dtype.is_floating_point and t.shape == picks[0].shape]
+    picks = [t for t in routed if t.dtype is torch.long]
+    shares = [t for t in routed if t.dtype.is_floating_point and t.shape == picks[0].shape]
     _need(len(picks) == 1 and len(shares) == 1)
     share, wanted = shares[0][0].float(), likely[picks[0][0]]
     _need(set(picks[0][0].tolist()) == set(likely.topk(len(wanted)).indices.tolist()))
@@ -333,22 +333,22 @@ _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 def _only(parent: nn.Module, wanted: Any) -> Any:
-    found = [child for child in parent.children() if wanted(child)]
-    _need(len(found) == 1)
-    return found[0]
+    children = [child for child in parent.children() if wanted(child)]
+    _need(len(children) == 1)
+    return children[0]
 
 
 def _parts(block: nn.Module) -> dict[str, Any]:
     """The modules of a block by what they do; `_Other` if there are more or fewer."""
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     norms = []
     for child in block.children():
         names = set(child._modules)
         if names >= {*_ATTENTION.values()}:
             _need(names <= {*_ATTENTION.values(), *_ATTENTION_NORMS.values()})
-            found["attention"] = child
+            parts["attention"] = child
             for part, name in (_ATTENTION | _ATTENTION_NORMS).items():
-                found[part] = getattr(child, name, None)
+                parts[part] = getattr(child, name, None)
         elif "experts" in names:
             experts: Any = child.experts
             router = _only(child, partial(operator.is_not, experts))
@@ -356,16 +356,16 @@ def _parts(block: nn.Module) -> dict[str, Any]:
             _need(can_run(experts) and experts.has_gate and _is_silu(experts.act_fn))
             _need(not (experts.has_bias or experts.has_post_expert_norm))
             _need(isinstance(experts.down_proj, PackedExperts) or not experts.is_transposed)
-            found |= {"experts": experts, "router": router}
+            parts |= {"experts": experts, "router": router}
         elif names >= {*_MLP.values()}:
             _need(names <= {*_MLP.values(), "act_fn"} and _is_silu(child.act_fn))
-            found |= {part: getattr(child, name) for part, name in _MLP.items()}
+            parts |= {part: getattr(child, name) for part, name in _MLP.items()}
         else:
             _need(_is_norm(child))
             norms.append(child)
-    _need(len(norms) == 2 and "attention" in found and ("gate" in found) != ("experts" in found))
-    found["norm_attention"], found["norm_mlp"] = norms  # made in the order of their use
-    return found
+    _need(len(norms) == 2 and "attention" in parts and ("gate" in parts) != ("experts" in parts))
+    parts["norm_attention"], parts["norm_mlp"] = norms  # made in the order of their use
+    return parts
 
 
 def _is_silu(function: Any) -> bool:

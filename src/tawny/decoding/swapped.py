@@ -31,12 +31,12 @@ def kernels(model: nn.Module) -> Iterator[None]:
         yield
         return
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    made: dict[int, DenseLinear] = {}
+    wholes: dict[int, DenseLinear] = {}
     twins = exchanged(model)
     for parent in model.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Linear and child.weight.device.type == "cpu" and is_plain(child):
-                fast = made.setdefault(id(child), DenseLinear.from_linear(child))
+                fast = wholes.setdefault(id(child), DenseLinear.from_linear(child))
                 swapped.append((parent, name, child))
                 parent._modules[name] = fast.train(child.training)
             elif isinstance(child, PackedLinear) and child in twins:

@@ -140,8 +140,8 @@ def _templated(
 def end_tokens(model: Any, tokenizer: Tokenizer | None) -> set[int]:
     """Tokens that end a text: what the model's generation settings say, else its configuration, else the tokenizer."""
     owners = (getattr(model, "generation_config", None), model.config, tokenizer)
-    found = next((e for o in owners if (e := getattr(o, "eos_token_id", None)) is not None), None)
-    return set() if found is None else {found} if isinstance(found, int) else set(found)
+    ends = next((e for o in owners if (e := getattr(o, "eos_token_id", None)) is not None), None)
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 class TextPieces:

@@ -70,9 +70,9 @@ def _pays(linears: Sequence[PackedLinear]) -> bool:
     sample: list[PackedLinear] = []
     while sum(x.in_features * x.out_features for x in sample) < _SAMPLE:
         sample.append(linears[len(sample)])
-    made = [whole(linear.packed).weight for linear in sample]
+    wholes = [whole(linear.packed).weight for linear in sample]
     masked = [linear.packed.weight for linear in sample]
-    return _seconds(made) < _WORTH * _seconds(masked)
+    return _seconds(wholes) < _WORTH * _seconds(masked)
 
 
 def _seconds(weights: Sequence[Weight]) -> float:

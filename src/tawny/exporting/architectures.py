@@ -97,7 +97,7 @@ def metadata(config: Any, architecture: Architecture) -> dict[str, int | float |
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     rope = _rope(config, "full_attention")
-    made: dict[str, int | float | str] = {
+    entries: dict[str, int | float | str] = {
         "context_length": int(config.max_position_embeddings),
         "embedding_length": int(config.hidden_size),
         "block_count": int(config.num_hidden_layers),
@@ -112,14 +112,14 @@ def metadata(config: Any, architecture: Architecture) -> dict[str, int | float |
         "vocab_size": int(config.vocab_size),
     }
     if rope.get("rope_type") == "linear":  # llama.cpp, too, leaves blocks with a window unscaled
-        made["rope.scaling.type"] = "linear"
-        made["rope.scaling.factor"] = float(rope["factor"])
+        entries["rope.scaling.type"] = "linear"
+        entries["rope.scaling.factor"] = float(rope["factor"])
     if architecture.whole_every > 1:
-        made["attention.sliding_window"] = int(config.sliding_window)
-        made["rope.freq_base_swa"] = float(_rope(config, "sliding_attention")["rope_theta"])
+        entries["attention.sliding_window"] = int(config.sliding_window)
+        entries["rope.freq_base_swa"] = float(_rope(config, "sliding_attention")["rope_theta"])
         if config.final_logit_softcapping:
-            made["final_logit_softcapping"] = float(config.final_logit_softcapping)
-    return made
+            entries["final_logit_softcapping"] = float(config.final_logit_softcapping)
+    return entries
 
 
 def _rope(config: Any, kind: str) -> dict[str, Any]:
@@ -135,9 +135,9 @@ def _refuse(config: Any, architecture: Architecture) -> None:
             "its blocks have different widths; expected one width for all: export the model as it was before `tawny slim`, "
             "or prune it with `-a uniform`"
         )
-    told: dict[str, Any] = config.to_dict()
+    plain: dict[str, Any] = config.to_dict()
     width = config.num_attention_heads * (
-        told.get("head_dim") or config.hidden_size // config.num_attention_heads
+        plain.get("head_dim") or config.hidden_size // config.num_attention_heads
     )
     if architecture.square_queries and width != config.hidden_size:
         raise ModelError(
@@ -154,13 +154,13 @@ def _refuse(config: Any, architecture: Architecture) -> None:
         "hidden_activation": lambda value: value in (None, *architecture.activation),
         "layer_types": lambda value: value is None or list(value) == kinds,
         "attn_logit_softcapping": lambda value: not value,
-        "query_pre_attn_scalar": lambda value: value == told["head_dim"],
+        "query_pre_attn_scalar": lambda value: value == plain["head_dim"],
         "use_bidirectional_attention": lambda value: not value,
     }
     for key, fits in expected.items():
-        if key in told and not fits(told[key]):
+        if key in plain and not fits(plain[key]):
             raise ModelError(
-                f"{key} is {told[key]!r}, which the architecture {architecture.name!r} of llama.cpp does not know; use {CONVERTER}"
+                f"{key} is {plain[key]!r}, which the architecture {architecture.name!r} of llama.cpp does not know; use {CONVERTER}"
             )
     if every > 1 and _rope(config, "sliding_attention").get("rope_type", "default") != "default":
         raise ModelError(f"scaled rotary positions of blocks with a window are not exported; use {CONVERTER}")

@@ -195,20 +195,20 @@ def _check(values: Tensor, data: Any, tensor: _Tensor) -> int:
     """
     import gguf
 
-    found = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.kind]).copy()).view_as(
+    stored = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.kind]).copy()).view_as(
         values
     )
     dtype, off = TYPES[tensor.kind].dtype, TYPES[tensor.kind].off
     if dtype is not None:
-        fits = torch.equal(found, values.to(dtype).float())
+        fits = torch.equal(stored, values.to(dtype).float())
     else:
         groups = values.view(-1, _GROUP)
         largest = groups.abs().amax(1, keepdim=True)
         # The scale itself is rounded to float16: off by a share, or by 2⁻²⁵ where it is tiny, times a code of 1 / off at most.
         allowed = largest * (off + 2**-10) + 2**-25 / off
-        fits = bool(((found.view(-1, _GROUP) - groups).abs() <= allowed).all())
+        fits = bool(((stored.view(-1, _GROUP) - groups).abs() <= allowed).all())
     zeros = values == 0
-    if not fits or bool(found[zeros].any()):
+    if not fits or bool(stored[zeros].any()):
         raise CheckpointError(
             f"{tensor.name!r} in the file is not what was exported; nothing was kept: report this"
         )
@@ -248,9 +248,9 @@ def export_gguf(
     work = _Export(folder)
     keys, whose = _tokenizer(source, folder, tokenizer, work.words)
     planned = work.plan(kind)
-    with writing(out), durable.beside(out) as made:
-        _write(made, work, planned, keys, folder.name if whole is None else str(source), progress)
-        zeros = _compare(made, work, planned, progress)
+    with writing(out), durable.beside(out) as temporary:
+        _write(temporary, work, planned, keys, folder.name if whole is None else str(source), progress)
+        zeros = _compare(temporary, work, planned, progress)
     return ExportReport(
         source=str(source),
         out=str(out),

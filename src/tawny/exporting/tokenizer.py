@@ -52,14 +52,14 @@ def keys_of_gguf(path: Path) -> dict[str, Key]:
         CheckpointError, lambda said: f"{path} cannot be opened as a GGUF file ({said}); fetch it again"
     ):
         fields = GGUFReader(str(path)).fields
-        found = {
+        keys = {
             name: Key(field.contents(), (field.types[0], field.types[-1]))
             for name, field in fields.items()
             if name.startswith("tokenizer.")
         }
-    if "tokenizer.ggml.tokens" not in found:
+    if "tokenizer.ggml.tokens" not in keys:
         raise CheckpointError(f"{path} holds no tokenizer; name another GGUF file of the same model")
-    return found
+    return keys
 
 
 def keys_of_folder(folder: Path, words: int) -> dict[str, Key]:
@@ -91,7 +91,7 @@ def keys_of_folder(folder: Path, words: int) -> dict[str, Key]:
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     vocabulary = SpecialVocab(folder, load_merges=True, n_vocab=words)
     text, number, truth = (GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.BOOL)
-    made = {
+    entries = {
         "model": Key("gpt2", (text,)),
         "pre": Key(SPLITS[encoded], (text,)),
         "tokens": Key(tokens, (GGUFValueType.ARRAY, text)),
@@ -100,10 +100,10 @@ def keys_of_folder(folder: Path, words: int) -> dict[str, Key]:
     }
     names = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # as GGUF spells them
     for kind, token in vocabulary.special_token_ids.items():
-        made[f"{names.get(kind, kind)}_token_id"] = Key(token, (number,))
+        entries[f"{names.get(kind, kind)}_token_id"] = Key(token, (number,))
     for kind, wanted in vocabulary.add_special_token.items():
-        made[f"add_{kind}_token"] = Key(wanted, (truth,))
-    keys = {f"tokenizer.ggml.{name}": key for name, key in made.items()}
+        entries[f"add_{kind}_token"] = Key(wanted, (truth,))
+    keys = {f"tokenizer.ggml.{name}": key for name, key in entries.items()}
     template = tokenizer.chat_template
     if isinstance(template, str):
         keys["tokenizer.chat_template"] = Key(template, (text,))

@@ -55,33 +55,33 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if not path:
         return None, "the kernels were not compiled when tawny was installed; reinstall with a C++ compiler"
     try:
-        found = ctypes.CDLL(path)
+        loaded = ctypes.CDLL(path)
     except OSError as error:
         return None, f"the compiled kernels do not load: {error}"
-    if given and not hasattr(found, "tawny_abi"):
+    if given and not hasattr(loaded, "tawny_abi"):
         raise UserError(
             f"TAWNY_KERNEL_LIBRARY={given!r} holds no kernels of tawny; expected the path of a built _native.abi3.so"
         )
-    if found.tawny_abi() != ABI:
+    if loaded.tawny_abi() != ABI:
         return None, "the compiled kernels belong to another version of tawny; reinstall"
     pointer, i64, i32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
     weight = [pointer] * 6 + [i64, i64, i32, i32]
-    found.tawny_packed_at.argtypes = [pointer, pointer, pointer, pointer, i32, i64, i32]
-    found.tawny_describe.argtypes = [pointer, *weight]
-    found.tawny_expand.argtypes = [*weight, i64, i64, pointer, i32, i64, i32]
-    found.tawny_dense.argtypes = [pointer, i64, i64, i32, i32, pointer, pointer, pointer, i32, i64, i32]
-    found.tawny_check.argtypes = [pointer, pointer, i64, i64, i64]
-    found.tawny_remove_half.argtypes = [pointer] * 5 + [i64] * 4 + [i32]
-    found.tawny_admm_right.argtypes = [pointer] * 4 + [i32, i64, f32, f32, f32, i32]
-    found.tawny_admm_update.argtypes = [pointer] * 4 + [i32, i64] + [f32] * 5 + [i32, pointer, i64, i32]
-    found.tawny_admm_support.argtypes = [pointer] * 3 + [i64, f32, pointer, i32]
-    found.tawny_fit.argtypes = [pointer] * 4 + [i32] + [pointer] * 4 + [i64] * 3 + [i32] * 2
-    found.tawny_stream.argtypes = [pointer, i64, i32]
-    found.tawny_stream.restype = ctypes.c_float
-    found.tawny_set_openmp.argtypes = [pointer] * 3
-    found.tawny_set_openmp.restype = None
-    _share_threads(found)
-    return found, None
+    loaded.tawny_packed_at.argtypes = [pointer, pointer, pointer, pointer, i32, i64, i32]
+    loaded.tawny_describe.argtypes = [pointer, *weight]
+    loaded.tawny_expand.argtypes = [*weight, i64, i64, pointer, i32, i64, i32]
+    loaded.tawny_dense.argtypes = [pointer, i64, i64, i32, i32, pointer, pointer, pointer, i32, i64, i32]
+    loaded.tawny_check.argtypes = [pointer, pointer, i64, i64, i64]
+    loaded.tawny_remove_half.argtypes = [pointer] * 5 + [i64] * 4 + [i32]
+    loaded.tawny_admm_right.argtypes = [pointer] * 4 + [i32, i64, f32, f32, f32, i32]
+    loaded.tawny_admm_update.argtypes = [pointer] * 4 + [i32, i64] + [f32] * 5 + [i32, pointer, i64, i32]
+    loaded.tawny_admm_support.argtypes = [pointer] * 3 + [i64, f32, pointer, i32]
+    loaded.tawny_fit.argtypes = [pointer] * 4 + [i32] + [pointer] * 4 + [i64] * 3 + [i32] * 2
+    loaded.tawny_stream.argtypes = [pointer, i64, i32]
+    loaded.tawny_stream.restype = ctypes.c_float
+    loaded.tawny_set_openmp.argtypes = [pointer] * 3
+    loaded.tawny_set_openmp.restype = None
+    _share_threads(loaded)
+    return loaded, None
 
 
 def _share_threads(found: ctypes.CDLL) -> None:
@@ -128,8 +128,8 @@ def available() -> tuple[str, ...]:
     Raises:
         UserError, MissingFeature: TAWNY_CPU asks for one that is unknown, or that cannot run here.
     """
-    found, _ = _load()
-    bits = found.tawny_supported() if found else 0
+    loaded, _ = _load()
+    bits = loaded.tawny_supported() if loaded else 0
     names = (*[name for level, name in reversed(list(enumerate(KERNELS))) if bits >> level & 1], "torch")
     best = asked().kernel or names[0]
     _check_runs(best, names)
@@ -159,9 +159,9 @@ def kernel_name() -> str:
 
 def _choose(name: str) -> str:
     _check_runs(name, available())
-    found, _ = _load()
-    if name != "torch" and found is not None:
-        raise_for(found.tawny_choose(KERNELS.index(name)), f"kernel {name!r}")
+    loaded, _ = _load()
+    if name != "torch" and loaded is not None:
+        raise_for(loaded.tawny_choose(KERNELS.index(name)), f"kernel {name!r}")
     return name
 
 
@@ -184,11 +184,11 @@ def chosen() -> bool:
 
 def library() -> ctypes.CDLL:
     """The loaded library with a kernel chosen."""
-    found, reason = _load()
-    if found is None:
+    loaded, reason = _load()
+    if loaded is None:
         raise MissingFeature(f"no compiled kernels: {reason}")
     kernel_name()
-    return found
+    return loaded
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -203,15 +203,15 @@ def raise_for(code: int, what: str) -> None:
 
 def check(masks: Tensor, offsets: Tensor, rows: int, cols: int, nnz: int) -> str | None:
     """The first thing wrong with masks and offsets of a packed weight [rows, cols], or None."""
-    found, _ = _load()
-    if found is None or masks.device.type != "cpu":
+    loaded, _ = _load()
+    if loaded is None or masks.device.type != "cpu":
         return reference.check(masks, offsets, rows, cols, nnz)
     faults = {
         1: "offsets do not run from 0 to the number of survivors",
         2: "the masks' population and the offsets disagree",
         3: "a mask bit is set in the padding",
     }
-    return faults.get(found.tawny_check(masks.data_ptr(), offsets.data_ptr(), rows, cols, nnz))
+    return faults.get(loaded.tawny_check(masks.data_ptr(), offsets.data_ptr(), rows, cols, nnz))
 
 
 def stream(data: Tensor, threads: int) -> None:

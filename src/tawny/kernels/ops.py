@@ -92,7 +92,7 @@ def gather_rows(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
             f"token ids {int(wanted[0])} to {int(wanted[-1])} where 0 to {weight.rows - 1} are embedded"
         )
     compiled, device = _compiled(weight, dtype), weight.values.device
-    found = torch.empty(wanted.numel(), weight.cols, dtype=dtype, device=device)
+    rows = torch.empty(wanted.numel(), weight.cols, dtype=dtype, device=device)
     four = torch.empty(ROWS, weight.cols, dtype=dtype, device=device)
     before = -1
     for at, row in enumerate(wanted.tolist()):
@@ -103,8 +103,8 @@ def gather_rows(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
                 _write_out(weight, four, group, group + 1, 1)
             else:
                 four = reference.expand(weight, dtype, group, group + 1)
-        found[at] = four[row % ROWS]
-    return found[back].view(*ids.shape, weight.cols)
+        rows[at] = four[row % ROWS]
+    return rows[back].view(*ids.shape, weight.cols)
 
 
 def check_bias(bias: Tensor, rows: int) -> None:

@@ -34,8 +34,8 @@ def short(scales_GSR: Tensor) -> tuple[Tensor, Tensor] | None:
         (bits_GSR >> 8 & 0x80) | (exponents_GSR - rows_GR[:, None] << 4) | (bits_GSR >> _FRACTION & 0xF)
     )
     codes_GSR = codes_GSR.where(scales_GSR != 0, 0).to(torch.uint8)
-    made = codes_GSR, rows_GR.to(torch.uint8).flatten()
-    return made if torch.equal(long(*made).view(torch.int16), scales_GSR.view(torch.int16)) else None
+    scales = codes_GSR, rows_GR.to(torch.uint8).flatten()
+    return scales if torch.equal(long(*scales).view(torch.int16), scales_GSR.view(torch.int16)) else None
 
 
 def long(codes_GSR: Tensor, exponents: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from tawny.model.stack import Stack
 def bias_settings(stack: Stack, names: Iterable[str]) -> dict[str, bool]:
     """Settings such as `mlp_bias: true` that give the linears of these module paths a bias; empty if some get none."""
     wanted = {f"{name}.bias" for name in names} - {name for name, _ in stack.model.named_parameters()}
-    found: dict[str, bool] = {}
+    settings: dict[str, bool] = {}
     text = stack.config.get_text_config()
     for key, value in text.to_dict().items():
         if value is False and key.endswith("bias"):
             config = copy.deepcopy(stack.config)
             setattr(config.get_text_config(), key, True)
-            made = {name for name, _ in build_skeleton(config, torch.float32).named_parameters()}
-            if wanted & made:
-                found[key], wanted = True, wanted - made
-    return {} if wanted else found
+            parameters = {name for name, _ in build_skeleton(config, torch.float32).named_parameters()}
+            if wanted & parameters:
+                settings[key], wanted = True, wanted - parameters
+    return {} if wanted else settings

@@ -261,8 +261,8 @@ class Checkpoint:
             self._add_biases(model, grouped)
         self.units = list(grouped.values())
         self._parameters = {name for name, _ in model.named_parameters()}
-        found = {target for unit in self.units for target in unit.targets}
-        absent = [n for n, _ in model.named_parameters() if n not in found and n not in tied]
+        targets = {target for unit in self.units for target in unit.targets}
+        absent = [n for n, _ in model.named_parameters() if n not in targets and n not in tied]
         if absent:
             raise CheckpointError(
                 f"{self.folder} lacks {len(absent)} weights of the model, first {absent[0]!r}; fetch the checkpoint again"
@@ -297,12 +297,12 @@ class Checkpoint:
             return
         try:
             empty = {key: torch.empty(self.shapes[key], device="meta") for key in unit.sources}
-            made = {name: tuple(value.shape) for name, value in self.convert(unit, empty, model).items()}
+            shapes = {name: tuple(value.shape) for name, value in self.convert(unit, empty, model).items()}
         except NotImplementedError:  # a step that looks at numbers
             return
         except (RuntimeError, ValueError, LookupError):
-            made = {}
-        if any(made.get(name) != shape for name, shape in expected.items()):
+            shapes = {}
+        if any(shapes.get(name) != shape for name, shape in expected.items()):
             raise CheckpointError(self._misfit(unit, expected[target]))
 
     def _misfit(self, unit: Unit, expected: tuple[int, ...]) -> str:
@@ -353,8 +353,8 @@ class Checkpoint:
         converter = deepcopy(unit.converter)
         for source, pattern in zip(unit.sources, unit.patterns, strict=True):
             converter.add_tensor(unit.targets[0], source, pattern, stored[source])
-        made = converter.convert(unit.targets[0], model=model, config=model.config)
-        return {name: (value[0] if isinstance(value, list) else value) for name, value in made.items()}
+        converted = converter.convert(unit.targets[0], model=model, config=model.config)
+        return {name: (value[0] if isinstance(value, list) else value) for name, value in converted.items()}
 
     def store(
         self, unit: Unit, parameters: Mapping[str, torch.Tensor], model: PreTrainedModel
@@ -368,14 +368,14 @@ class Checkpoint:
             return {unit.sources[0]: parameters[unit.targets[0]]}
         from transformers.core_model_loading import revert_weight_conversion
 
-        made: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(parameters))
-        if set(made) != set(unit.sources):
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(parameters))
+        if set(reverted) != set(unit.sources):
             raise CheckpointError(
                 f"{unit.targets[0]!r} cannot be written back as the {len(unit.sources)} tensors it was read from "
                 f"(first {unit.sources[0]!r}); this layout is not supported yet"
             )
         # Those of several dtypes were made one parameter of the widest.
-        return {key: value.to(self.dtype_of(key)) for key, value in made.items()}
+        return {key: value.to(self.dtype_of(key)) for key, value in reverted.items()}
 
 
 def weight_paths(folder: Path) -> list[Path]:
@@ -412,10 +412,10 @@ def weight_paths(folder: Path) -> list[Path]:
                 "fetch the checkpoint again"
             )
         return [folder / name for name in names]
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
         raise CheckpointError(f"{folder} holds no *.safetensors file; expected a Hugging Face checkpoint")
-    return found
+    return paths
 
 
 def file_bytes(folder: Path) -> int:

@@ -42,8 +42,8 @@ def context_of(model: Any) -> int | None:
 
 
 def _said(model: Any, name: str) -> int | None:
-    found = getattr(model.config.get_text_config(decoder=True), name, None)
-    return found if isinstance(found, int) and found > 0 else None
+    said = getattr(model.config.get_text_config(decoder=True), name, None)
+    return said if isinstance(said, int) and said > 0 else None
 
 
 def hard_context_of(model: Any) -> int | None:
@@ -59,8 +59,8 @@ def hard_context_of(model: Any) -> int | None:
                 return limit - (0 if module.padding_idx is None else module.padding_idx + 1)
             continue
         # A table the model makes itself is not in the checkpoint, which sets it apart from packed weights.
-        made = (module._buffers[name] for name in module._non_persistent_buffers_set)
-        if any(table is not None and table.dim() == 2 and table.shape[0] == limit for table in made):
+        buffers = (module._buffers[name] for name in module._non_persistent_buffers_set)
+        if any(table is not None and table.dim() == 2 and table.shape[0] == limit for table in buffers):
             return limit
     return None
 

@@ -74,10 +74,10 @@ def couple(
         ModelError: a linear is in no coupling that can be proven, a coupling is only partly chosen, a weight is tied, or a
             kind is found nowhere. One line names it.
     """
-    found = find_couplings(stack)
+    every = find_couplings(stack)
     name = type(stack.model).__name__
-    made = []
-    for chosen, couplings in zip(by_block, found, strict=True):
+    by_kind = []
+    for chosen, couplings in zip(by_block, every, strict=True):
         names = {linear.name for linear in chosen}
         coupled = {linear.name for coupling in couplings for linear in coupling.linears}
         if loose := sorted(names - coupled):
@@ -94,17 +94,17 @@ def couple(
                     f"{coupling.kind} of {coupling.name} need {missing} too, which include or exclude leaves out: choose all "
                     "linears of a coupling, or none"
                 )
-        made.append([coupling for coupling in wanted if coupling.linears[0].name in names])
-        _refuse_shared(made[-1])
+        by_kind.append([coupling for coupling in wanted if coupling.linears[0].name in names])
+        _refuse_shared(by_kind[-1])
     for kind in kinds:
-        if not any(coupling.kind == kind for couplings in made for coupling in couplings):
+        if not any(coupling.kind == kind for couplings in by_kind for coupling in couplings):
             raise ModelError(
                 f"{name} has no {kind} that a forward proves to be apart (or they are left out); choose another pattern"
             )
     _refuse_tied(
-        stack, [linear for couplings in made for coupling in couplings for linear in coupling.linears]
+        stack, [linear for couplings in by_kind for coupling in couplings for linear in coupling.linears]
     )
-    return made
+    return by_kind
 
 
 def probe_of(stack: Stack) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def find_couplings(stack: Stack) -> list[list[Coupling]]:
     inputs = probe_of(stack)
     calls = stack.calls(inputs)
     known: dict[object, tuple[int, list[Coupling]]] = {}
-    found = []
+    every = []
     for index in range(len(stack)):
         linears = stack.linears(index)
         prefix = len(stack.name(index))
@@ -140,8 +140,8 @@ def find_couplings(stack: Stack) -> list[list[Coupling]]:
                 known[alike] = prefix, _Probe(stack, index, linears, calls[index]).couplings()
         by_tail = {x.name[prefix:]: x for x in linears}
         first, couplings = known[alike]
-        found.append([_moved(coupling, first, by_tail) for coupling in couplings])
-    return found
+        every.append([_moved(coupling, first, by_tail) for coupling in couplings])
+    return every
 
 
 def _moved(coupling: Coupling, prefix: int, by_tail: Mapping[str, Linear]) -> Coupling:
@@ -190,8 +190,8 @@ class _Probe:
         self.hidden = self._normal(*call.shape)
 
     def _normal(self, *shape: int) -> Tensor:
-        made = torch.randn(shape, generator=self.random)
-        return made.to(self.stack.device, self.stack.compute)
+        drawn = torch.randn(shape, generator=self.random)
+        return drawn.to(self.stack.device, self.stack.compute)
 
     def couplings(self) -> list[Coupling]:
         leaves: dict[str, Tensor] = {}
@@ -206,12 +206,12 @@ class _Probe:
 
         with torch.enable_grad(), self._hooked(received, replaced):
             self._forward()
-        found = [
+        widths = [
             self._between(linear, inputs[linear.name], leaves)
             for linear in self.linears
             if linear.name in inputs
         ]
-        proven = [coupling for coupling in found if coupling is not None and self._holds(coupling)]
+        proven = [coupling for coupling in widths if coupling is not None and self._holds(coupling)]
         return proven + self._of_experts()
 
     def _forward(self) -> Tensor:
@@ -240,12 +240,12 @@ class _Probe:
             cotangent = self._normal(*x.shape) * columns_I.to(x)
             if last_token:
                 cotangent.view(-1, width)[:-1] = 0
-            made = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 x, list(leaves.values()), cotangent, retain_graph=True, allow_unused=True
             )
             return {
                 name: (gradient != 0).reshape(-1, gradient.shape[-1])
-                for name, gradient in zip(leaves, made, strict=True)
+                for name, gradient in zip(leaves, gradients, strict=True)
                 if gradient is not None
             }
 
@@ -301,20 +301,20 @@ class _Probe:
                 return (args[0].index_fill(-1, columns.to(args[0].device), 0), *args[1:])
             return None
 
-        def nothing(linear: Linear, module: nn.Module, args: Any, made: Tensor) -> None:
+        def nothing(linear: Linear, module: nn.Module, args: Any, output: Tensor) -> None:
             return None
 
-        def silenced(linear: Linear, module: nn.Module, args: Any, made: Tensor) -> Any:
+        def silenced(linear: Linear, module: nn.Module, args: Any, output: Tensor) -> Any:
             if linear.name in rows:
-                return made.index_fill(-1, rows[linear.name].to(made.device), 0)
+                return output.index_fill(-1, rows[linear.name].to(output.device), 0)
             return None
 
         with torch.no_grad():
             with self._hooked(received, nothing):
                 expected = self._forward()
             with self._hooked(received, silenced):
-                made = self._forward()
-        apart = float((made - expected).abs().max())
+                output = self._forward()
+        apart = float((output - expected).abs().max())
         return apart <= _CLOSE * float(expected.abs().max())
 
     def _of_experts(self) -> list[Coupling]:
@@ -322,7 +322,7 @@ class _Probe:
         modules: dict[int, list[Linear]] = {}
         for linear in self.experts:
             modules.setdefault(id(linear.module), []).append(linear)
-        found: list[Coupling] = []
+        coupled: list[Coupling] = []
         for linears in modules.values():
             by_key: dict[str, list[Linear]] = {}
             for linear in linears:
@@ -341,11 +341,13 @@ class _Probe:
             }
             for rows_GR in layouts.get(first[0].shape[0] // width, []):
                 pairs = zip(first, second, strict=True)
-                made = [Coupling("channels", (Rows(a, rows_GR),), b, channel[:, None]) for a, b in pairs]
-                if first[0].shape[0] == rows_GR.numel() and self._experts_hold(made):
-                    found += made
+                candidates = [
+                    Coupling("channels", (Rows(a, rows_GR),), b, channel[:, None]) for a, b in pairs
+                ]
+                if first[0].shape[0] == rows_GR.numel() and self._experts_hold(candidates):
+                    coupled += candidates
                     break
-        return found
+        return coupled
 
     def _experts_hold(self, couplings: Sequence[Coupling]) -> bool:
         """`_holds` for the experts of one module; their products are no modules, so it is their weights that change."""
@@ -367,6 +369,6 @@ class _Probe:
             restored.callback(without(second, -1, columns))
             expected = self._forward()
             restored.callback(without(first, -2, rows))
-            made = self._forward()
+            output = self._forward()
         close = _CLOSE * float((expected - dense).abs().max())
-        return close > 0 and float((made - expected).abs().max()) <= close
+        return close > 0 and float((output - expected).abs().max()) <= close

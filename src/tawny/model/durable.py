@@ -51,8 +51,8 @@ def replace(made: Path, path: Path) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    with beside(path) as made:
-        made.write_bytes(data)
+    with beside(path) as unfinished:
+        unfinished.write_bytes(data)
 
 
 def temporary(path: Path) -> Path:
@@ -63,10 +63,10 @@ def temporary(path: Path) -> Path:
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A temporary name to write to; it becomes `path` at the end, and goes if anything fails."""
-    made = temporary(path)
-    with or_gone(made):
-        yield made
-        replace(made, path)
+    unfinished = temporary(path)
+    with or_gone(unfinished):
+        yield unfinished
+        replace(unfinished, path)
 
 
 @contextlib.contextmanager

@@ -65,17 +65,17 @@ def source_identity(model: str | Path | nn.Module | None) -> dict[str, Any] | No
 
 def model_identity(folder: Path) -> dict[str, Any]:
     """Of each weight file its size, time and header; of the other files that matter their contents."""
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for path in sorted(folder.glob("*")):
         if path.suffix == ".safetensors" and path.is_file():
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = file.read(min(size, 1 << 28))
             stat = path.stat()
-            found[path.name] = [stat.st_size, stat.st_mtime_ns, _hash(header)]
+            files[path.name] = [stat.st_size, stat.st_mtime_ns, _hash(header)]
         elif path.suffix in (".json", ".model", ".txt", ".jinja", ".py") and path.is_file():
-            found[path.name] = _hash(path.read_bytes())
-    return found
+            files[path.name] = _hash(path.read_bytes())
+    return files
 
 
 def fingerprint(folder: Path) -> str:
@@ -120,7 +120,7 @@ def code_identity(*more: str) -> dict[str, str]:
 
 def own_code(*parts: object) -> dict[str, str]:
     """A hash of what classes from elsewhere compute, which a notebook may change between two runs; nothing of Tawny's."""
-    digest, found = hashlib.sha256(), False
+    digest, read = hashlib.sha256(), False
     for cls in (cls for part in parts for cls in type(part).__mro__):
         if cls.__module__.partition(".")[0] in {"tawny", *sys.stdlib_module_names}:
             continue
@@ -128,10 +128,10 @@ def own_code(*parts: object) -> dict[str, str]:
             plain = value.__func__ if isinstance(value, classmethod | staticmethod) else value
             plain = plain.fget if isinstance(plain, property) else plain
             if isinstance(plain, FunctionType):
-                found = True
+                read = True
                 digest.update(f"{cls.__qualname__}.{name}\0".encode())
                 _add_code(digest, plain.__code__)
-    return {"own": digest.hexdigest()} if found else {}
+    return {"own": digest.hexdigest()} if read else {}
 
 
 def _add_code(digest: Any, code: CodeType) -> None:

@@ -55,8 +55,8 @@ class Linear:
 
     @property
     def dtype(self) -> torch.dtype:
-        made: torch.dtype = getattr(self.module, self.parameter).dtype
-        return made
+        stored: torch.dtype = getattr(self.module, self.parameter).dtype
+        return stored
 
     def view(self, parameter: Tensor) -> Tensor:
         """The `[out, in]` view of this linear inside a tensor shaped like its parameter."""
@@ -126,23 +126,23 @@ def _walk(
 
 def linears_of(block: nn.Module, prefix: str) -> list[Linear]:
     """All prunable linears of `block`, in module order; `prefix` is the block's own module path."""
-    found: list[Linear] = []
+    linears: list[Linear] = []
     for name, module, parents in _walk(block, prefix, ()):
         if isinstance(module, (nn.Linear, Conv1D)):
             if not _is_gate(module, parents) and not _is_step_size(module, parents):
                 transposed = isinstance(module, Conv1D)
-                found.append(Linear(name, f"{name}.weight", module, "weight", None, transposed))
+                linears.append(Linear(name, f"{name}.weight", module, "weight", None, transposed))
             continue
         fused = {
             name: shape for name, shape in _stacked(module).items() if _are_scored(module, shape[0], parents)
         }
         transposed = _experts_transposed(module, list(fused.values()))
-        found += [
+        linears += [
             Linear(f"{name}.{parameter}.{e}", f"{name}.{parameter}", module, parameter, e, transposed)
             for parameter, shape in fused.items()
             for e in range(shape[0])
         ]
-    return found
+    return linears
 
 
 def _experts_transposed(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> bool:
@@ -189,20 +189,20 @@ def is_plain(module: nn.Module) -> bool:
     W_OI = random["weight"].T if isinstance(module, Conv1D) else random["weight"]
     x = torch.randn(1, 3, W_OI.shape[1], generator=chance)
     with torch.no_grad(), contextlib.suppress(Exception):
-        made = probe(x)
+        output = probe(x)
         expected = nn.functional.linear(x, W_OI, random.get("bias"))
-        return made.shape == expected.shape and torch.allclose(made, expected, 1e-3, 1e-3)
+        return output.shape == expected.shape and torch.allclose(output, expected, 1e-3, 1e-3)
     return False
 
 
 def products_of(block: nn.Module) -> list[tuple[int, int]]:
     """`(out, in)` of all linears, those included that another kind of storage (packed) puts out of pruning's reach."""
-    found = [linear.shape for linear in linears_of(block, "")]
+    shapes = [linear.shape for linear in linears_of(block, "")]
     for module in block.modules():
         if not isinstance(module, nn.Linear) and hasattr(module, "in_features"):
             shape: Any = module
-            found.append((int(shape.out_features), int(shape.in_features)))
-    return found
+            shapes.append((int(shape.out_features), int(shape.in_features)))
+    return shapes
 
 
 def prunable_numel(block: nn.Module) -> int:

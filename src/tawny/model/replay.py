@@ -83,8 +83,8 @@ class Layout:
         return (hidden if self.last else hidden.movedim(1, -1)).flatten(1, -2).contiguous()
 
     def whole(self, hidden_BTH: Tensor) -> Tensor:
-        made = hidden_BTH.reshape(len(hidden_BTH), *self.grid, hidden_BTH.shape[-1])
-        return made if self.last else made.movedim(-1, 1)
+        grid = hidden_BTH.reshape(len(hidden_BTH), *self.grid, hidden_BTH.shape[-1])
+        return grid if self.last else grid.movedim(-1, 1)
 
 
 @dataclass
@@ -258,13 +258,13 @@ class Replay:
         """
         name, (_, hidden, first) = type(self.model).__name__, seen[0]
         shape = next(iter(inputs.values())).shape
-        found: list[_Seen] = []
+        visits: list[_Seen] = []
         few = {TOKENS: inputs[TOKENS][:1, :8]} if TOKENS in inputs else {k: v[:1] for k, v in inputs.items()}
         try:
-            self._pass_through(few, found, 2 * len(self.blocks))
+            self._pass_through(few, visits, 2 * len(self.blocks))
         except _ITEMS_MISFIT as error:
             raise self.hand_more() from error
-        if len(found) > len(self.blocks):
+        if len(visits) > len(self.blocks):
             raise ModelError(
                 f"the blocks {self.blocks.path} of {name} run more than once a forward; expected a model whose blocks run one "
                 "after another"
@@ -279,7 +279,7 @@ class Replay:
         if any(isinstance(value, _Other) for _, _, call in seen for value in call.values):
             raise self.hand_more()
         if len(self.blocks.starts) > 1:
-            self._check_steps(few, found)
+            self._check_steps(few, visits)
         self._checked = True
 
     def _check_steps(self, inputs: Mapping[str, Tensor], seen: list[_Seen]) -> None:
@@ -298,8 +298,8 @@ class Replay:
         for index in range(len(self.blocks)):
             if alike and self.blocks.ends_stack(index):
                 states = noise(self._described(inputs, *seen[index]))
-                made = [self.onward(index, inputs, states, makes) for makes in (_itself, noise)]
-                alike = _same(*made)
+                steps = [self.onward(index, inputs, states, makes) for makes in (_itself, noise)]
+                alike = _same(*steps)
         if not alike:
             raise ModelError(
                 f"a stack of {type(self.model).__name__} depends on more than the last hidden states of the one before it; "
@@ -358,8 +358,8 @@ class Replay:
         kind = type(self.model if part is None else part)
         if len(self.blocks.starts) > 1 and kind not in self._tails:
             few, row_1TH = {k: v[:1] for k, v in inputs.items()}, hidden_BTH[:1]
-            made = [self._tail(few, row_1TH, part, makes)[0] for makes in (_itself, self._noise())]
-            if not _same(*made):
+            tails = [self._tail(few, row_1TH, part, makes)[0] for makes in (_itself, self._noise())]
+            if not _same(*tails):
                 raise ModelError(
                     f"what {kind.__name__} gives depends on more than its last block, so it cannot be compared; expected a "
                     "model whose head reads the last stack"

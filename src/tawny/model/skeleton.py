@@ -54,8 +54,8 @@ def model_class(config: PretrainedConfig) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     what = f"model type {config.model_type!r}"
-    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
-    known = {cls.__name__ for cls in (made if isinstance(made, tuple) else (made,))}
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+    known = {cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))}
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     named = getattr(config, "architectures", None) or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -74,17 +74,17 @@ def model_class(config: PretrainedConfig) -> Any:
         return AutoModel
     # Classes that transformers does not export lie beside those that it does.
     modelling = type(config).__module__.replace(".configuration_", ".modeling_")
-    found = getattr(importlib.import_module(modelling), named[0], None) if named else None
-    if found is None:
+    remote = getattr(importlib.import_module(modelling), named[0], None) if named else None
+    if remote is None:
         raise ModelError(
             f"{what} with architecture {named[0] if named else None!r} is none of transformers' models: correct config.json"
         )
-    if "decoder_input_ids" in inspect.signature(found.forward).parameters:
+    if "decoder_input_ids" in inspect.signature(remote.forward).parameters:
         raise ModelError(
             f"{what} is an encoder-decoder, whose decoder takes two streams of hidden states; expected a decoder or an encoder "
             "alone"
         )
-    return found
+    return remote
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -176,8 +176,8 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
         partial.mkdir(parents=True)
         _write_converted(path, partial)
         # A power cut must not leave zeros under the name of a whole model.
-        for made in [*partial.iterdir(), partial]:
-            durable.sync(made)
+        for written in [*partial.iterdir(), partial]:
+            durable.sync(written)
         try:
             partial.rename(target)
         except OSError:
@@ -330,11 +330,11 @@ def _dequantised(tensor: Any) -> Any:
     first = dequantize(data[:rows], tensor.tensor_type)
     if rows >= len(data):
         return first
-    made = np.empty((len(data), *first.shape[1:]), first.dtype)
-    made[:rows] = first
+    whole = np.empty((len(data), *first.shape[1:]), first.dtype)
+    whole[:rows] = first
     for start in range(rows, len(data), rows):
-        made[start : start + rows] = dequantize(data[start : start + rows], tensor.tensor_type)
-    return made
+        whole[start : start + rows] = dequantize(data[start : start + rows], tensor.tensor_type)
+    return whole
 
 
 def _target(names: Mapping[str, str], tensor: str) -> str:
@@ -361,16 +361,16 @@ def _read_from_tensors(config: PretrainedConfig, tensors: Mapping[str, Any]) -> 
 
 def _read_attention(config: PretrainedConfig, fields: Mapping[str, Any], architecture: str) -> None:
     """Put into a configuration how a model attends, as far as transformers leaves it out; as llama.cpp reads it."""
-    told = config.to_dict()
+    plain = config.to_dict()
     # Of StarCoder 2 and StableLM.
-    base, rope = fields.get(f"{architecture}.rope.freq_base"), told.get("rope_parameters") or {}
+    base, rope = fields.get(f"{architecture}.rope.freq_base"), plain.get("rope_parameters") or {}
     if base is not None and "rope_theta" in rope:
         config.rope_parameters = {**rope, "rope_theta": float(base.contents())}
-    if "query_pre_attn_scalar" in told:
-        largest = told["num_hidden_layers"] == _LARGEST.get(architecture)
-        width = told["hidden_size"] // told["num_attention_heads"] if largest else told["head_dim"]
+    if "query_pre_attn_scalar" in plain:
+        largest = plain["num_hidden_layers"] == _LARGEST.get(architecture)
+        width = plain["hidden_size"] // plain["num_attention_heads"] if largest else plain["head_dim"]
         config.query_pre_attn_scalar = width
-    base, rope = fields.get(f"{architecture}.rope.freq_base_swa"), told.get("rope_parameters") or {}
+    base, rope = fields.get(f"{architecture}.rope.freq_base_swa"), plain.get("rope_parameters") or {}
     if base is not None and "sliding_attention" in rope:
         window = {**rope["sliding_attention"], "rope_theta": float(base.contents())}
         config.rope_parameters = {**rope, "sliding_attention": window}
@@ -386,10 +386,10 @@ def _read_scaling(config: PretrainedConfig, fields: Mapping[str, Any], rope: str
         CheckpointError: it is no linear scaling of plain positions.
     """
     names = ("scaling.type", "scaling.factor", "scaling.original_context_length", "scale_linear")
-    told = {name: fields[f"{rope}.{name}"].contents() for name in names if f"{rope}.{name}" in fields}
-    kind = told.get("scaling.type", "linear")
+    scaling = {name: fields[f"{rope}.{name}"].contents() for name in names if f"{rope}.{name}" in fields}
+    kind = scaling.get("scaling.type", "linear")
     # llama.cpp takes 0 for 1.
-    factor = float(told.get("scaling.factor", told.get("scale_linear", 1.0))) or 1.0
+    factor = float(scaling.get("scaling.factor", scaling.get("scale_linear", 1.0))) or 1.0
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return
     held = getattr(config, "rope_parameters", None) or {}
@@ -399,7 +399,7 @@ def _read_scaling(config: PretrainedConfig, fields: Mapping[str, Any], rope: str
     if now == kind and whole.get("factor") == factor:
         return
     if kind != "linear" or now != "default":
-        given = ", ".join(f"{rope}.{name} {value!r}" for name, value in told.items())
+        given = ", ".join(f"{rope}.{name} {value!r}" for name, value in scaling.items())
         raise CheckpointError(
             f"{path} scales its rotary positions in a way that is not read ({given}); expected the type none, or linear without "
             "rope_freqs.weight: give a safetensors folder"
@@ -413,9 +413,9 @@ def _is_scaled_by(model: PreTrainedModel, factors: Tensor) -> bool:
     import torch
 
     rope = model.config.rope_parameters
-    found = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
+    frequencies = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
     plain = rope["rope_theta"] ** -(torch.arange(len(factors)) / len(factors))
-    return torch.allclose(found.float(), plain / factors, rtol=1e-4, atol=0)
+    return torch.allclose(frequencies.float(), plain / factors, rtol=1e-4, atol=0)
 
 
 def revision_of(folder: Path) -> str:
@@ -437,11 +437,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return f"{folder} has no usable tokenizer ({said}); copy the tokenizer files of the model there"
 
     with in_one_line(CheckpointError, text), refusing_code(folder):
-        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
         # Of some families transformers makes an empty one where there is no file.
-        if len(made.get_vocab()) <= len(made.all_special_tokens):
+        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
             raise ValueError("no file there holds its words")
-        return made
+        return tokenizer
 
 
 def load_processor(folder: Path) -> Any:

@@ -133,8 +133,8 @@ class Stack:
             owner = self.model.get_submodule(path)
             if leaf in owner._parameters:
                 dtype = self._dtype_of(key) if value.is_floating_point() else value.dtype
-                made = nn.Parameter(value.to(self.device, dtype), requires_grad=False)
-                owner._parameters[leaf] = made
+                parameter = nn.Parameter(value.to(self.device, dtype), requires_grad=False)
+                owner._parameters[leaf] = parameter
             else:
                 built = owner._buffers.get(leaf)  # in the dtype its model computes with
                 dtype = built.dtype if built is not None and value.is_floating_point() else value.dtype
@@ -371,7 +371,7 @@ class Stack:
         given = hidden_BTH if call.layout is None else call.layout.whole(hidden_BTH)
         try:
             with self._plain_experts() if self._fused else contextlib.nullcontext():
-                made = self.blocks[index](given, *call.args, **call.kwargs)
+                given_back = self.blocks[index](given, *call.args, **call.kwargs)
         except LookupError as error:
             if call.empty:  # it looks for what an earlier one has left
                 raise self._replay.hand_more() from error
@@ -385,8 +385,8 @@ class Stack:
             ) from error
         for value in call.empty:
             value.clear()
-        self._replay.items = 0 if isinstance(made, Tensor) else len(made)
-        output: Tensor = made if isinstance(made, Tensor) else made[0]
+        self._replay.items = 0 if isinstance(given_back, Tensor) else len(given_back)
+        output: Tensor = given_back if isinstance(given_back, Tensor) else given_back[0]
         if output.shape != given.shape:
             raise self._replay.several()
         return output if call.layout is None else call.layout.flat(output)
@@ -401,13 +401,13 @@ class Stack:
 
         What follows the blocks of a language model acts on each token alone, so a caller may pass any slice of tokens.
         """
-        made: Tensor = self.output(inputs, hidden_BTH).logits
-        return made
+        logits: Tensor = self.output(inputs, hidden_BTH).logits
+        return logits
 
     def features(self, inputs: Inputs, hidden_BTH: Tensor) -> Tensor:
         """Last hidden states of the model without its head; the last block's output where it ends with something else."""
-        made = self.output(inputs, hidden_BTH, self.model.base_model).get("last_hidden_state")
-        states: Tensor | None = made if isinstance(made, Tensor) and made.dim() == 3 else None
+        last = self.output(inputs, hidden_BTH, self.model.base_model).get("last_hidden_state")
+        states: Tensor | None = last if isinstance(last, Tensor) and last.dim() == 3 else None
         return hidden_BTH if states is None else states
 
     def output(self, inputs: Inputs, hidden_BTH: Tensor, part: Any = None) -> Any:

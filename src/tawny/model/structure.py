@@ -104,8 +104,8 @@ def _stacks_in(outer: nn.ModuleList) -> dict[str, nn.ModuleList] | None:
     stacks: dict[str, nn.ModuleList] = {}
     tails: set[str] = set()
     for number, member in enumerate(outer):
-        found = [(prunable_numel(held), tail, held) for tail, held in _lists(member)]
-        size, tail, held = max(found, key=lambda each: each[0], default=(0, "", outer))
+        lists = [(prunable_numel(held), tail, held) for tail, held in _lists(member)]
+        size, tail, held = max(lists, key=lambda each: each[0], default=(0, "", outer))
         if size <= prunable_numel(member) / 2:
             return None
         tails.add(tail)
@@ -217,8 +217,8 @@ def pixels_for(model: nn.Module, count: int) -> dict[str, Tensor]:
         )
     height, width = (size, size) if isinstance(size, int) else size
     shape = (count, int(getattr(config, "num_channels", 3)), height, width)
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return {name: made.to(next(model.parameters()).dtype)}
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return {name: noise.to(next(model.parameters()).dtype)}
 
 
 def check_unshared(model: nn.Module) -> None:

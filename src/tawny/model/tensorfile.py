@@ -78,9 +78,9 @@ def entries(path: Path) -> dict[str, TensorEntry]:
             size = int.from_bytes(file.read(8), "little")
             header: Any = json.loads(file.read(size)) if size < 1 << 30 else None
             length = file.seek(0, 2)
-        found = {name: _entry(value, 8 + size) for name, value in header.items() if name != "__metadata__"}
+        places = {name: _entry(value, 8 + size) for name, value in header.items() if name != "__metadata__"}
         end = 8 + size
-        for entry in sorted(found.values(), key=lambda entry: (entry.start, entry.stop)):
+        for entry in sorted(places.values(), key=lambda entry: (entry.start, entry.stop)):
             numbers = math.prod(entry.shape) if min(entry.shape, default=0) >= 0 else -1
             width = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
             if entry.start != end or (width is not None and entry.bytes != numbers * width):
@@ -94,7 +94,7 @@ def entries(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(
             f"{path} is truncated or not a safetensors file ({error}); fetch or make it again"
         ) from error
-    return found
+    return places
 
 
 def _layout(specs: Mapping[str, tuple[str, Sequence[int], int]]) -> tuple[bytes, dict[str, TensorEntry]]:
@@ -173,12 +173,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensor(file: IO[bytes], entry: TensorEntry) -> Tensor:
     """A tensor of its own memory."""
-    made = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     file.seek(entry.start)
-    buffer = made.reshape(-1).view(torch.uint8).numpy().data
+    buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
     if file.readinto(buffer) != entry.bytes:  # type: ignore[attr-defined]
         raise CheckpointError(f"{file.name} ends inside a tensor; it was cut off")
-    return made
+    return tensor
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -189,9 +189,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def merge(path: Path, pieces: Sequence[tuple[Path, str]]) -> None:
     """A file of tensors that lie in other files, copied without being looked at."""
-    found = {source: entries(source) for source in dict.fromkeys(source for source, _ in pieces)}
+    headers = {source: entries(source) for source in dict.fromkeys(source for source, _ in pieces)}
     origin = {name: source for source, name in pieces}
-    known = {name: found[source][name] for name, source in origin.items()}
+    known = {name: headers[source][name] for name, source in origin.items()}
     header, places = _layout({name: (e.dtype, e.shape, e.bytes) for name, e in known.items()})
     with path.open("wb") as out:
         out.write(header)

@@ -73,11 +73,11 @@ class Survivors:
                 if linear.name in self.grids and self.grids[linear.name].whole:
                     self.unmasked[linear.name] = self._zeros_of_a_mask(linear, moved)
                     linear.view(kept).fill_(True)
-            found = torch.nonzero(kept.reshape(-1)).squeeze(1)
-            if len(found) < len(flat):
+            places = torch.nonzero(kept.reshape(-1)).squeeze(1)
+            if len(places) < len(flat):
                 # int32 halves what places cost; only fused experts can be too large for it.
-                self.places = found.to(torch.int32) if len(flat) < 2**31 else found
-                flat = flat[found]
+                self.places = places.to(torch.int32) if len(flat) < 2**31 else places
+                flat = flat[places]
         self.vector = nn.Parameter(flat.to(parameter.device, torch.float32, copy=True))
         if self.places is not None:
             self.places = self.places.to(parameter.device)
@@ -124,16 +124,16 @@ class Survivors:
     @torch.no_grad()
     def value(self) -> Tensor:
         """That value in float32, as it is to be stored."""
-        made = self._spread(self.vector)
+        dense = self._spread(self.vector)
         if not self.values:
-            return made
+            return dense
         for linear in self.linears:
-            W_OI, grid = linear.view(made), self.grids.get(linear.name)
+            W_OI, grid = linear.view(dense), self.grids.get(linear.name)
             if grid is not None:
                 W_OI.copy_(grid.value(W_OI))
             elif linear.name in self.values:
                 W_OI.copy_(KINDS[self.values[linear.name]].rounded(W_OI))
-        return self._spread(self._gathered(made))  # a grid without zero gave what was removed a level
+        return self._spread(self._gathered(dense))  # a grid without zero gave what was removed a level
 
     def _zeros_of_a_mask(self, linear: Linear, stored: Tensor) -> int:
         """How many zeros a linear has that are no levels yet; of one that lies on its grid all are."""
@@ -150,9 +150,9 @@ class Survivors:
         shape = here(self.parameter).shape
         if self.places is None:
             return flat.detach().to(torch.float32, copy=True).view(shape)
-        made = torch.zeros(shape, device=flat.device)
-        made.view(-1).index_put_((self.places,), flat.detach().float())
-        return made
+        dense = torch.zeros(shape, device=flat.device)
+        dense.view(-1).index_put_((self.places,), flat.detach().float())
+        return dense
 
 
 class Factors:
@@ -192,9 +192,9 @@ class Factors:
     @torch.no_grad()
     def value(self) -> Tensor:
         """The linear's own part; other experts of a fused parameter have factors of their own."""
-        made = self.parameter.detach().float()
-        self.linear.view(made).copy_(self.weight())
-        return made
+        dense = self.parameter.detach().float()
+        self.linear.view(dense).copy_(self.weight())
+        return dense
 
 
 # One parameter of the model, seen by the optimiser as other tensors.

@@ -71,7 +71,7 @@ class Crops:
         """The pixels of some rows. Crops that were trained on before them are forgotten."""
         first = min(rows)
         if first < self.training:
-            self._made = {row: made for row, made in self._made.items() if row >= first}
+            self._made = {row: crop for row, crop in self._made.items() if row >= first}
         for row in rows:
             if row not in self._made:
                 self._made[row] = self._pixels(row)
@@ -89,9 +89,9 @@ class Crops:
             except BrokenPicture as error:
                 if self.strict:
                     raise
-                if (told := f"{path}: {error.why}") not in self.about["skipped"]:
-                    self.about["skipped"].append(told)
-                    self.say(skipped([told]))
+                if (line := f"{path}: {error.why}") not in self.about["skipped"]:
+                    self.about["skipped"].append(line)
+                    self.say(skipped([line]))
         raise TextError(
             f"{self.about['name']} holds no picture that can be read, first {self.about['skipped'][0]}"
         )
@@ -129,7 +129,7 @@ def crops_of(
         "tokens_sha256": digest.hexdigest(),
         "counted": ["crops", "positions"],
     }
-    made = Crops(
+    crops = Crops(
         files,
         [held[place] for place in interleaved(most)],
         ReadingOrder([len(some) for some in trained], shares, settings.seed),
@@ -142,11 +142,11 @@ def crops_of(
         about,
         say,
     )
-    made.seqlen = positions(made.take(made.held_out[:1]).inputs[PIXELS])
-    made.training = Recovery.make(settings, seqlen=made.seqlen).steps * settings.batch
-    made._made.clear()
-    about |= {"seqlen": made.seqlen, "held_out": len(made.measured)}
-    return made
+    crops.seqlen = positions(crops.take(crops.held_out[:1]).inputs[PIXELS])
+    crops.training = Recovery.make(settings, seqlen=crops.seqlen).steps * settings.batch
+    crops._made.clear()
+    about |= {"seqlen": crops.seqlen, "held_out": len(crops.measured)}
+    return crops
 
 
 def _parted(source: Source, most: int, generator: torch.Generator) -> tuple[list[Path], list[Path]]:

@@ -156,8 +156,8 @@ def recover_packed(request: RecoveryRequest, folder: Path, out: Path) -> Recover
 def _packing(folder: Path) -> dict[str, Any]:
     """How a folder was packed."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    told: dict[str, Any] = config["quantization_config"]
-    return told
+    packing: dict[str, Any] = config["quantization_config"]
+    return packing
 
 
 def _digest(given: Tensor | Mapping[str, Tensor]) -> str:

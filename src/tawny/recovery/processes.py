@@ -43,9 +43,9 @@ class Processes(ProcessGroup):
         return int(self._sums(count)[0])
 
     def _sums(self, *numbers: float) -> list[float]:
-        told = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        self.sum([told])
-        return told.tolist()
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        self.sum([sums])
+        return sums.tolist()
 
     def clip(self, whole: Sequence[Tensor], parts: Sequence[Tensor], limit: float) -> float:
         """Scale gradients so that their joint norm is at most `limit`; the norm before.

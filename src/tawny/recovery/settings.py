@@ -118,36 +118,42 @@ class Recovery:
         """
         values = dict(base) if isinstance(base, Mapping) else {} if base is None else dataclasses.asdict(base)
         values.update({key: value for key, value in keys.items() if value is not None})
-        made = checked(cls, values, "recovery key")
-        if made.values is not None and made.values not in (names := [kind.name for kind in scaled_kinds()]):
-            raise RecipeError(f"values: {made.values!r} given, expected {' or '.join(map(repr, names))}")
-        if made.group_size is not None and (made.values is None or kind_of(made.values).bits == 8):
+        settings = checked(cls, values, "recovery key")
+        if settings.values is not None and settings.values not in (
+            names := [kind.name for kind in scaled_kinds()]
+        ):
+            raise RecipeError(f"values: {settings.values!r} given, expected {' or '.join(map(repr, names))}")
+        if settings.group_size is not None and (
+            settings.values is None or kind_of(settings.values).bits == 8
+        ):
             raise RecipeError(
-                f"group_size={made.group_size} belongs to values of few bits, such as int4, and {made.values} was given"
+                f"group_size={settings.group_size} belongs to values of few bits, such as int4, and {settings.values} was given"
             )
-        if made.values is not None:
-            kind_of(made.values, made.group_size)
-        method = made.method
+        if settings.values is not None:
+            kind_of(settings.values, settings.group_size)
+        method = settings.method
         trained = " or ".join(name for name, one in METHODS.items() if one.weights == "trained")
-        if made.values and method.weights != "trained":
-            raise RecipeError(f"values={made.values} rounds surviving weights; it goes with train={trained}")
-        if made.kl == 0 and any(source.spec == OWN for source in parse_texts(made.text)):
+        if settings.values and method.weights != "trained":
+            raise RecipeError(
+                f"values={settings.values} rounds surviving weights; it goes with train={trained}"
+            )
+        if settings.kl == 0 and any(source.spec == OWN for source in parse_texts(settings.text)):
             raise RecipeError(
                 "kl=0 opens no dense model, and text 'self' is written by it: give another text, or kl of more than 0"
             )
-        if made.weight_decay and method.weights != "trained":
+        if settings.weight_decay and method.weights != "trained":
             raise RecipeError(
-                f"weight_decay={made.weight_decay:g} is of surviving weights, and train={made.train} trains none of them: leave it "
+                f"weight_decay={settings.weight_decay:g} is of surviving weights, and train={settings.train} trains none of them: leave it "
                 f"out, or give train={trained}"
             )
-        if made.shard and (not method.by_rows or made.values):
+        if settings.shard and (not method.by_rows or settings.values):
             by_rows = " or ".join(name for name, one in METHODS.items() if one.by_rows)
             raise RecipeError(
                 f"shard=true trains rows where they lie; it goes with train={by_rows}, and no values"
             )
-        if (made.micro_batch or 1) > made.batch:
-            raise RecipeError(f"micro_batch={made.micro_batch} is more than batch={made.batch}")
-        return made
+        if (settings.micro_batch or 1) > settings.batch:
+            raise RecipeError(f"micro_batch={settings.micro_batch} is more than batch={settings.batch}")
+        return settings
 
     @property
     def method(self) -> Method:

@@ -33,8 +33,8 @@ def here(tensor: Tensor) -> Tensor:
     if local is None:
         return tensor
     with torch.no_grad():  # hands out the storage itself
-        made: Tensor = local()
-    return made
+        rows: Tensor = local()
+    return rows
 
 
 def rows_of(whole: Tensor, processes: Processes) -> Tensor:
@@ -47,6 +47,6 @@ def filled(stored: Tensor, vector: Tensor) -> Tensor:
     """A float32 tensor shaped like `stored`, with the vector where `stored` is not zero (everywhere, if it is that long)."""
     if vector.numel() == stored.numel():
         return vector.view(stored.shape)
-    made = torch.zeros(stored.shape)
-    made.view(-1)[torch.nonzero(stored.reshape(-1)).squeeze(1)] = vector
-    return made
+    dense = torch.zeros(stored.shape)
+    dense.view(-1)[torch.nonzero(stored.reshape(-1)).squeeze(1)] = vector
+    return dense

@@ -82,7 +82,7 @@ class Shelf:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                found = dict(file.metadata() or {})
+                metadata = dict(file.metadata() or {})
                 names = set(file.keys())
                 self._put_back(file.get_tensor)
                 for name, tensor in self._tensors().items():
@@ -97,7 +97,7 @@ class Shelf:
                         }
         except (SafetensorError, OSError) as error:
             raise OutputError(f"{path} cannot be read ({error}): pass --overwrite to start anew") from error
-        return Standing(**json.loads(found["standing"]))
+        return Standing(**json.loads(metadata["standing"]))
 
     def save(self, standing: Standing) -> None:
         if self.folder is None:

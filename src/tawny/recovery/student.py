@@ -141,12 +141,12 @@ class Student:
         calls = stack.calls(inputs)
         for block, call in zip(stack.blocks, calls, strict=True):
             if self.settings.checkpointing and torch.is_grad_enabled():
-                made = run_again(
+                output = run_again(
                     block, hidden, *call.args, use_reentrant=False, preserve_rng_state=False, **call.kwargs
                 )
             else:
-                made = block(hidden, *call.args, **call.kwargs)
-            hidden = made if isinstance(made, Tensor) else made[0]
+                output = block(hidden, *call.args, **call.kwargs)
+            hidden = output if isinstance(output, Tensor) else output[0]
         return hidden
 
     def close(self) -> None:

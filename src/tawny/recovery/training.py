@@ -132,13 +132,13 @@ class Training:
             self.processes.once(begin)
         parts = self.processes if self.processes.sharded else None
         self.shelf = Shelf(folder, self.student.coordinates, self.optimiser, parts)
-        if found := self.shelf.load():
-            self.standing, self._saved = found, found.step
+        if standing := self.shelf.load():
+            self.standing, self._saved = standing, standing.step
             text = self.clock.seconds["text"]
-            self.clock.go_on(found.phases)
-            self.clock.seconds["text"] = text + found.phases.get("text", 0.0)
+            self.clock.go_on(standing.phases)
+            self.clock.seconds["text"] = text + standing.phases.get("text", 0.0)
             self.progress.say(
-                f"going on after step {found.step} of {self.steps}; remove {place and place.path} to start over instead"
+                f"going on after step {standing.step} of {self.steps}; remove {place and place.path} to start over instead"
             )
         if teacher is not None:
             cache = None if folder is None else folder / f"teacher-{self.processes.rank}.bin"
@@ -412,11 +412,11 @@ class Training:
 
     def _make(self, rows: list[int]) -> None:
         assert self.teacher is not None
-        before, made = time.perf_counter(), self.teacher.tokens_made
+        before, tokens = time.perf_counter(), self.teacher.tokens_made
         with self.clock("teacher"):
             self.teacher.make(rows, self.progress)
         self.standing.teacher_seconds += time.perf_counter() - before
-        self.standing.teacher_tokens += self.teacher.tokens_made - made
+        self.standing.teacher_tokens += self.teacher.tokens_made - tokens
 
     def _affords_measuring(self) -> bool:
         """Whether one more measurement and the last one stay within their share of the minutes, now and at the end."""
@@ -481,7 +481,7 @@ class Training:
 
     def _losses(self, windows: list[int]) -> Losses:
         rows = self.processes.share(windows)
-        told = not self.standing.measured and self._ends is None  # a phase of its own
+        phased = not self.standing.measured and self._ends is None  # a phase of its own
         if self.teacher is not None:
             self._make(rows)
         begun = time.perf_counter()
@@ -495,7 +495,7 @@ class Training:
                     continue
                 samples = self.reading.take(some)
                 total.add(self._distil(samples, self.student.hidden(samples.inputs), some, None)[0])
-                if told:
+                if phased:
                     done = min((turn + 1) * size, len(rows))
                     left = (time.perf_counter() - begun) / done * (len(rows) - done)
                     self.progress.at(round(done / len(rows) * len(windows)), left)

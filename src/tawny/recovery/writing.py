@@ -102,16 +102,16 @@ def write(
 
 
 def _trained(stored: Tensor, coordinates: list[Coordinates], whole: Callable[[str], Tensor] | None) -> Tensor:
-    made = stored
+    weight = stored
     for one in coordinates:
         if isinstance(one, Factors):
-            made = made.clone()
-            one.linear.view(made).copy_(one.weight())
+            weight = weight.clone()
+            one.linear.view(weight).copy_(one.weight())
         elif one.sharded and whole is not None:
-            made = filled(stored, whole(one.name)).to(stored.dtype)
+            weight = filled(stored, whole(one.name)).to(stored.dtype)
         else:
-            made = one.value().to("cpu", stored.dtype)
-    return made
+            weight = one.value().to("cpu", stored.dtype)
+    return weight
 
 
 def card(record: RecoveryRecord, folder: Path | None, made: Path) -> str:
@@ -138,8 +138,8 @@ def is_made(folder: Path) -> bool:
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     with suppress(KeyError, TypeError, ValueError):  # of a run.json that another version wrote
         # `tawny.pack` notes what it rounds, and leaves the card.
-        made = [model_card(one, front_matter(text)) for one in (run, {**run, "rounded": {}})]
-        return _body(text) in map(_body, made)
+        cards = [model_card(one, front_matter(text)) for one in (run, {**run, "rounded": {}})]
+        return _body(text) in map(_body, cards)
     return False
 
 
@@ -222,8 +222,8 @@ def _run_of(folder: Path) -> dict[str, Any] | None:
 
 def _put_run(folder: Path, run: dict[str, Any], record: RecoveryRecord, rounded: Mapping[str, Any]) -> None:
     """Put the summary of a recovery into `run.json`; `rounded` is how the model was when the recovery measured it."""
-    told, earlier = record.to_dict(), run.get("recovery") or {}
-    run["recovery"] = finite({key: told[key] for key in _SUMMARY})
+    plain, earlier = record.to_dict(), run.get("recovery") or {}
+    run["recovery"] = finite({key: plain[key] for key in _SUMMARY})
     run["recovery"]["rounded"] = dict(rounded)
     method = METHODS.get(record.settings.get("train", ""))
     if (

@@ -167,19 +167,19 @@ class SparsityGuard:
         counts = [(held.parameter.detach().ne(0) & held.mask(held.parameter)).sum() for held in self._held]
         if not any(torch.stack([count.cpu() for count in counts]).tolist()):
             return
-        found = {held.name: int(count) for held, count in zip(self._held, counts, strict=True) if count}
+        changed = {held.name: int(count) for held, count in zip(self._held, counts, strict=True) if count}
         self.apply()
-        first = next(iter(found))
+        first = next(iter(changed))
         line = (
-            f"{sum(found.values()):,} zeros of {len(found)} linears (first {first!r}) were changed between two optimiser "
+            f"{sum(changed.values()):,} zeros of {len(changed)} linears (first {first!r}) were changed between two optimiser "
             "steps, by something else than the optimiser; they are zero again"
         )
-        told = bool(self.changed)
-        for name, count in found.items():
+        warned = bool(self.changed)
+        for name, count in changed.items():
             self.changed[name] = self.changed.get(name, 0) + count
         if self.strict:
             raise ModelError(line)
-        if not told:
+        if not warned:
             warnings.warn(line, stacklevel=3)
 
     @torch.no_grad()

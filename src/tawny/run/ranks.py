@@ -74,19 +74,19 @@ class Ranks(ProcessGroup):
     def owners(self, costs: Sequence[float]) -> list[int]:
         """A rank for each piece of work: the dearest first, each to the one with least to do."""
         load = [0.0] * self.size
-        made = [0] * len(costs)
+        chosen = [0] * len(costs)
         for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-            made[index] = min(range(self.size), key=lambda rank: (load[rank], rank))
-            load[made[index]] += costs[index]
-        return made
+            chosen[index] = min(range(self.size), key=lambda rank: (load[rank], rank))
+            load[chosen[index]] += costs[index]
+        return chosen
 
     def send(self, value: Tensor, owner: int) -> Tensor:
         """The owner's tensor, on all ranks; the others give one of the same shape and dtype."""
         import torch.distributed as dist
 
-        made = value.contiguous()
-        dist.broadcast(made.view(-1).view(torch.uint8), src=owner)
-        return made
+        whole = value.contiguous()
+        dist.broadcast(whole.view(-1).view(torch.uint8), src=owner)
+        return whole
 
     def add(self, statistics: Mapping[str, Statistics]) -> None:
         """Sum exact statistics over all ranks and round them, in place.

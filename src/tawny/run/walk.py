@@ -129,11 +129,11 @@ def _commit(
 ) -> None:
     if run.journal.folder is None:
         return
-    found: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     for visitor in visitors:
-        found |= visitor.keep(blocks)
+        kept |= visitor.keep(blocks)
     run.note_cost()
-    run.journal.commit(name, blocks, found, streams)
+    run.journal.commit(name, blocks, kept, streams)
 
 
 @final

@@ -78,10 +78,10 @@ class CheckpointWriter:
     def write_block(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """One file, durable before it has its name; a thread waits for the disk, see `settle`."""
         path = self.block_path(name)
-        made = durable.temporary(path)
-        with writing(path), durable.or_gone(made):
-            write_tensors(made, tensors)
-        self._behind.append((path, self._writer.submit(durable.replace, made, path)))
+        temporary = durable.temporary(path)
+        with writing(path), durable.or_gone(temporary):
+            write_tensors(temporary, tensors)
+        self._behind.append((path, self._writer.submit(durable.replace, temporary, path)))
 
     def settle(self) -> None:
         """Wait until every block that was written is durable.
@@ -118,10 +118,10 @@ class CheckpointWriter:
         The configuration no longer says how the source was quantised: weights are written as floats.
         """
         # A link to nothing, such as a cleaned cache leaves, is no file.
-        found = {p.name for pattern in _CARRIED for p in source.glob(pattern) if p.is_file()} - _NOT_CARRIED
+        names = {p.name for pattern in _CARRIED for p in source.glob(pattern) if p.is_file()} - _NOT_CARRIED
         named = {name for name in also if (source / name).is_file()}
         with writing(self.folder):
-            for name in {name for name in found if not name.endswith(".index.json")} | named:
+            for name in {name for name in names if not name.endswith(".index.json")} | named:
                 shutil.copyfile(source / name, self.folder / name)
             for part in (part for pattern in _PARTS for part in source.glob(pattern)):
                 if part.is_file():
@@ -141,12 +141,12 @@ class CheckpointWriter:
         self.settle()
         shards: list[dict[str, Any]] = [{"bytes": 0, "tensors": []}]
         for name in names:
-            found = entries(self.block_path(name))
-            for key in sorted(found, key=natural):
-                if shards[-1]["tensors"] and shards[-1]["bytes"] + found[key].bytes > SHARD_BYTES:
+            headers = entries(self.block_path(name))
+            for key in sorted(headers, key=natural):
+                if shards[-1]["tensors"] and shards[-1]["bytes"] + headers[key].bytes > SHARD_BYTES:
                     shards.append({"bytes": 0, "tensors": []})
                 shards[-1]["tensors"].append([name, key])
-                shards[-1]["bytes"] += found[key].bytes
+                shards[-1]["bytes"] += headers[key].bytes
         for file, shard in zip(shard_names(len(shards)), shards, strict=True):
             shard["file"] = file
         return shards

@@ -35,10 +35,10 @@ def settings_of_depth(config: Any, raw: Mapping[str, Any], dropped: Sequence[int
     """
     count = int(config.num_hidden_layers)
     name = getattr(type(config), "attribute_map", {}).get(_DEPTH, _DEPTH)
-    made: dict[str, Any] = {name: count - len(dropped)}
+    settings: dict[str, Any] = {name: count - len(dropped)}
     # What a file leaves to a rule, such as every sixth block, no longer follows from the numbers.
     said = {**config.to_dict(), **raw}
     for key, value in said.items():
         if isinstance(value, list) and len(value) == count and not key.endswith("_id"):
-            made[key] = [item for index, item in enumerate(value) if index not in dropped]
-    return made
+            settings[key] = [item for index, item in enumerate(value) if index not in dropped]
+    return settings

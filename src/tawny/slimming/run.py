@@ -129,11 +129,11 @@ def slim(
             if not cut.aligned:  # transformers passes on what the top says of it, to every nested part
                 config["experts_implementation"] = "eager"
             output.write_text("config.json", json.dumps(config, indent=2) + "\n")
-            made, apart = _opened(output.folder, expected, str(source))
+            parameters, apart = _opened(output.folder, expected, str(source))
         report = Slimmed(
             source=str(source),
             out=str(out),
-            parameters=made,
+            parameters=parameters,
             source_parameters=sum(p.numel() for p in stack.model.parameters()),
             bytes=total,
             source_bytes=file_bytes(folder),
@@ -157,8 +157,8 @@ def _card(folder: Path, report: Slimmed) -> str:
     """What was cut, behind the metadata of the source's card: its licence and its base model are those of the result."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    found = re.match(r"---[ \t]*\n.*?\n---[ \t]*(?=\n|\Z)", text, re.DOTALL)
-    front = f"{found[0]}\n" if found else ""
+    metadata = re.match(r"---[ \t]*\n.*?\n---[ \t]*(?=\n|\Z)", text, re.DOTALL)
+    front = f"{metadata[0]}\n" if metadata else ""
     blocks = f", {len(report.dropped)} blocks among them" if report.dropped else ""
     opens = "Plain transformers" if report.same_widths else "`tawny.load`"
     return (
@@ -287,15 +287,15 @@ def _cut_block(
         replace(coupling.consumer, 1, coupling.columns_GC[keep_G].flatten())
         by_key |= {linear.key: linear for linear in coupling.linears}
     for key, cut in parts.items():
-        made = [part.T if by_key[key].transposed else part for _, part in sorted(cut.items())]
+        cut_parts = [part.T if by_key[key].transposed else part for _, part in sorted(cut.items())]
         if by_key[key].expert is None:
-            parameters[key] = made[0].contiguous()
+            parameters[key] = cut_parts[0].contiguous()
             continue
-        if len({part.shape for part in made}) > 1:
+        if len({part.shape for part in cut_parts}) > 1:
             raise ModelError(
                 f"experts of {key} lost different numbers of channels, and one tensor holds them all: prune with -a uniform"
             )
-        parameters[key] = torch.stack(made)
+        parameters[key] = torch.stack(cut_parts)
 
 
 def _opened(folder: Path, expected: Tensor, source: str) -> tuple[int, float]:

@@ -92,10 +92,10 @@ def described(
         blocks: `settings_of_block` of each that is left.
         dropped: numbers of those that are not.
     """
-    made = {**raw, **(settings_of_depth(config, raw, dropped) if dropped else {})}
+    settled = {**raw, **(settings_of_depth(config, raw, dropped) if dropped else {})}
     # Blocks are described anew below. Where they have become equal, nothing is left to say of single ones.
     for key in (KEY, READS_GLOBAL):
-        made.pop(key, None)
+        settled.pop(key, None)
     names = getattr(type(config), "attribute_map", {})
     said = [{names.get(key, key): value for key, value in settings.items()} for settings in blocks]
     widths = {key for settings in said for key in settings}
@@ -107,16 +107,16 @@ def described(
     for key in sorted({key for settings in said for key in settings}):
         values = [settings[key] for settings in said if key in settings]
         if all(value == values[0] for value in values):
-            made[key] = values[0]
+            settled[key] = values[0]
             continue
         for mine, settings in zip(own, said, strict=True):
             if key in settings:
                 mine[key] = settings[key]
     if any(own):
         digits = len(str(len(own) - 1))
-        made[KEY] = {str(index).zfill(digits): mine for index, mine in enumerate(own) if mine}
-        made[READS_GLOBAL] = True
-    return made
+        settled[KEY] = {str(index).zfill(digits): mine for index, mine in enumerate(own) if mine}
+        settled[READS_GLOBAL] = True
+    return settled
 
 
 def _before(config: Any, index: int, widths: set[str]) -> dict[str, Any]:

@@ -364,8 +364,8 @@ class _ByThreshold(_Support):
         if self.zero_OI is not None:
             scores_RI.masked_fill_(self.zero_OI[place], 0.0)
         # numpy compares several times faster than torch does
-        made: np.ndarray[Any, np.dtype[np.float32]] = scores_RI.cpu().numpy()
-        return made
+        scores: np.ndarray[Any, np.dtype[np.float32]] = scores_RI.cpu().numpy()
+        return scores
 
     def _zero(self, place: slice) -> Tensor | None:
         return None if self.zero_OI is None else self.zero_OI[place]
@@ -427,9 +427,9 @@ class _ByThreshold(_Support):
         """How many weights came or went since the last call; in the first one, how many stay."""
         if self._seen_OI is None:
             self._seen_OI = torch.zeros(T_OI.shape, dtype=torch.bool)
-        found = admm.changes(T_OI, self.zero_OI, self._seen_OI, self.threshold)
-        if found is not None:
-            return found
+        count = admm.changes(T_OI, self.zero_OI, self._seen_OI, self.threshold)
+        if count is not None:
+            return count
         changed, seen_OI = 0, self._seen_OI.numpy()
         for part in parts(T_OI, CACHED):
             now = self._scores(T_OI[part], part) > self.threshold

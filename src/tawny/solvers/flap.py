@@ -43,9 +43,9 @@ class Flap(MemberSolver):
         W_OI = coupled.weight
         require_finite(W_OI, "weight")
         mean_I, variance_I = input_moments(coupled.seen)
-        made = chosen(
+        choice = chosen(
             coupled, column_sums_of(W_OI.double().square().mul_(variance_I), coupled.columns), removed
         )
-        gone_I = coupled.columns[~made.keep].flatten()
-        made.shift = (W_OI[:, gone_I].double() @ mean_I[gone_I]).float()
-        return made
+        gone_I = coupled.columns[~choice.keep].flatten()
+        choice.shift = (W_OI[:, gone_I].double() @ mean_I[gone_I]).float()
+        return choice

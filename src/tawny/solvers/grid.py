@@ -120,11 +120,11 @@ def _fit(
     """
     scales_OS = scales_OS.contiguous()
     group = min(grid.group or X_OI.shape[1], X_OI.shape[1])
-    found = kernel(
+    fitted = kernel(
         X_OI, scales_OS, grid.levels, group, weights_I, keep_OI, made_OI, None if fixed else grid.lost
     )
-    if found is not None:
-        return (grid.held(found[0]), found[1]) if made_OI is not None and not fixed else found
+    if fitted is not None:
+        return (grid.held(fitted[0]), fitted[1]) if made_OI is not None and not fixed else fitted
     weights_OSJ = _weights(X_OI, weights_I, keep_OI, grid)
     X_OSJ = grid.split(X_OI)
     levels_OSJ = grid.nearest(X_OSJ * _reciprocal(scales_OS)[..., None])
@@ -173,21 +173,21 @@ def best_scales(
     low, high = grid.levels[0], grid.levels[-1]
     ends = [end for end in (high, low) if end and (end == high or low != -high)]
     tried = [share / end for end in ends for share in _SHARES]
-    made = []
+    pieces = []
     for part in _parts(*W_OI.shape):
         keep_PI = None if keep_OI is None else keep_OI[part]
         X_PI = W_OI[part].contiguous()
         largest_PS = largest(X_PI if keep_PI is None else X_PI * keep_PI, grid)
-        found = [_fit(X_PI, largest_PS * share, grid, weights_I, keep_PI) for share in tried]
-        fitted_TPS, saved_TPS = (torch.stack(each) for each in zip(*found, strict=True))
+        fits = [_fit(X_PI, largest_PS * share, grid, weights_I, keep_PI) for share in tried]
+        fitted_TPS, saved_TPS = (torch.stack(each) for each in zip(*fits, strict=True))
         held_TPS = grid.held(fitted_TPS)
         off_TPS = held_TPS * _reciprocal(fitted_TPS) - 1
         most_PS, best_PS = (
             (saved_TPS * (1 - off_TPS.square())).nan_to_num_(0.0).max(0)
         )  # by the rounded scales
         best_PS = held_TPS.gather(0, best_PS[None])[0]
-        made.append(torch.where(most_PS > 0, best_PS, 0.0))
-    return torch.cat(made)
+        pieces.append(torch.where(most_PS > 0, best_PS, 0.0))
+    return torch.cat(pieces)
 
 
 def refit_scales(

@@ -36,9 +36,9 @@ def with_damping(damp: float, width: int, attempt: Callable[[float], T | None]) 
         NumericalError: every attempt gave None.
     """
     for _ in range(1 + _RETRIES):
-        made = attempt(damp)
-        if made is not None:
-            return made
+        result = attempt(damp)
+        if result is not None:
+            return result
         damp = max(damp * 10, 1e-4)
     raise NumericalError(
         f"the Hessian {[width, width]} cannot be factorised even with damping {damp / 10:g}; "

@@ -61,12 +61,12 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     """How a folder says it is quantised: `quantization_config`, or what an older tool wrote beside it. None where it is not."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (found := config.get("quantization_config")) is not None:
-            return found if isinstance(found, dict) else None
+        if (settings := config.get("quantization_config")) is not None:
+            return settings if isinstance(settings, dict) else None
         for name, method in BESIDE.items():
             if (folder / name).is_file():
-                told = json.loads((folder / name).read_text(encoding="utf-8"))
-                return {"quant_method": method, **told}
+                plain = json.loads((folder / name).read_text(encoding="utf-8"))
+                return {"quant_method": method, **plain}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None  # whoever builds the model says what is wrong
     return None
@@ -92,15 +92,15 @@ def read_quantised(
             "dequantise it first"
         )
     stored = Stored(folder, entries, settings, read)
-    found = reader(stored)
-    if not found:
+    weights = reader(stored)
+    if not weights:
         beside = next((name for name in BESIDE if (folder / name).is_file()), None)
         left = f"{beside} away" if beside else "quantization_config out of config.json"
         raise CheckpointError(
             f"{folder} says that it is quantised ({method}) and holds no such weight; fetch it again, or take {left} "
             "if its weights are floats"
         )
-    used = {name for coded in found.values() for name in coded.parts.values()}
+    used = {name for coded in weights.values() for name in coded.parts.values()}
     others = {name for name in entries if name.endswith(_NOT_WEIGHTS) or "quant_state.bitsandbytes__" in name}
     consumed = used | others
     for name, entry in entries.items():
@@ -108,4 +108,4 @@ def read_quantised(
             entry.dtype.startswith("F8") or (name.endswith(".weight") and entry.dtype in _INTEGERS)
         ):
             raise stored.refused(name, f"is stored as {entry.dtype} and its scale is missing")
-    return found, consumed
+    return weights, consumed

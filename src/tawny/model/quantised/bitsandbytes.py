@@ -21,18 +21,18 @@ _STATE = ".quant_state.bitsandbytes__"
 
 def bitsandbytes(stored: Stored) -> dict[str, Coded]:
     """Weights of four bits, which have a `quant_state`, and of eight, which have an `SCB`."""
-    found = {}
+    coded = {}
     for kind in ("nf4", "fp4"):
         for name, _ in stored.ending(f"{_STATE}{kind}"):
-            found[name] = _four_bits(stored, name, kind)
+            coded[name] = _four_bits(stored, name, kind)
     for stem, _ in stored.ending(".SCB"):
         name = f"{stem}.weight"
         shape = stored.need(name, ("I8",)).shape
         stored.need(f"{stem}.SCB", ("F32",), shape[:1])
-        found[name] = Coded(
+        coded[name] = Coded(
             {"weight": name, "scale": f"{stem}.SCB"}, shape, "int8, a scale a row", _eight_bits
         )
-    return found
+    return coded
 
 
 def _eight_bits(parts: Parts) -> Tensor:

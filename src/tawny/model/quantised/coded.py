@@ -44,12 +44,12 @@ class Coded:
         """The tensor in `dtype`; of fused experts no more than one matrix at a time is held in float32."""
         if len(self.shape) < 3:
             return self.decode(parts).to(dtype)
-        made = torch.empty(self.shape, dtype=dtype)
+        whole = torch.empty(self.shape, dtype=dtype)
         for index in range(self.shape[0]):
-            made[index] = self.decode(
-                {role: _of_expert(part, index, len(made)) for role, part in parts.items()}
+            whole[index] = self.decode(
+                {role: _of_expert(part, index, len(whole)) for role, part in parts.items()}
             )
-        return made
+        return whole
 
     @property
     def working(self) -> int:
@@ -90,12 +90,12 @@ class Stored:
         """
         if name not in self.entries:
             raise self.refused(name, "is missing")
-        found = self.entries[name]
-        if found.dtype not in dtypes:
-            raise self.refused(name, f"is stored as {found.dtype}, not as {' or '.join(dtypes)}")
-        if shape is not None and found.shape != tuple(shape):
-            raise self.refused(name, f"has shape {list(found.shape)}, the tensors beside it {list(shape)}")
-        return found
+        entry = self.entries[name]
+        if entry.dtype not in dtypes:
+            raise self.refused(name, f"is stored as {entry.dtype}, not as {' or '.join(dtypes)}")
+        if shape is not None and entry.shape != tuple(shape):
+            raise self.refused(name, f"has shape {list(entry.shape)}, the tensors beside it {list(shape)}")
+        return entry
 
     def scale(self, name: str, shape: Sequence[int] | None = None) -> TensorEntry:
         """A scale in a float type, as `need` finds it."""

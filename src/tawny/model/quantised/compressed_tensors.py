@@ -26,21 +26,21 @@ def compressed_tensors(stored: Stored) -> dict[str, Coded]:
         CheckpointError: weights were rotated, or stored sparse, or tensors do not fit each other.
     """
     for key in ("transform_config", "sparsity_config"):
-        told = stored.settings.get(key) or {}
-        if told.get("config_groups") or told.get("format", "dense") != "dense":
+        activations = stored.settings.get(key) or {}
+        if activations.get("config_groups") or activations.get("format", "dense") != "dense":
             raise CheckpointError(
                 f"{stored.folder}: {key} of quantization_config is not read; decompress the checkpoint with its own library first"
             )
     groups = _groups(stored)
     sizes = _block_sizes(groups)
-    found = {}
+    coded = {}
     for stem, entry in stored.ending(".weight_packed"):
         if entry.dtype == "U8":
-            found[f"{stem}.weight"] = fp4(
+            coded[f"{stem}.weight"] = fp4(
                 stored, stem, "weight_packed", {"global_divisor": "weight_global_scale"}
             )
         else:
-            found[f"{stem}.weight"] = _packed(stored, stem)
+            coded[f"{stem}.weight"] = _packed(stored, stem)
             if groups and all(group.get("symmetric") is False for group in groups):
                 stored.need(f"{stem}.weight_zero_point", ("I32", "I8"))
     for stem, entry in stored.ending(".weight"):
@@ -54,26 +54,26 @@ def compressed_tensors(stored: Stored) -> dict[str, Coded]:
             raise stored.refused(order, "puts columns of 8 bits into groups out of order, which is not read")
         if f"{stem}.weight_zero_point" in stored.entries:
             parts["zero_point"] = f"{stem}.weight_zero_point"
-        found[parts["weight"]] = of_blocks(stored, parts, sizes)
-    return found
+        coded[parts["weight"]] = of_blocks(stored, parts, sizes)
+    return coded
 
 
 def _groups(stored: Stored) -> list[dict[str, Any]]:
     """What the configuration says of weights, for each group of linears that it tells apart."""
     groups = stored.settings.get("config_groups")
-    told = groups.values() if isinstance(groups, dict) else ()
-    found = [group.get("weights") for group in told if isinstance(group, dict)]
-    return [weights for weights in found if isinstance(weights, dict)]
+    sections = groups.values() if isinstance(groups, dict) else ()
+    wanted = [group.get("weights") for group in sections if isinstance(group, dict)]
+    return [weights for weights in wanted if isinstance(weights, dict)]
 
 
 def _block_sizes(groups: list[dict[str, Any]]) -> list[list[int]]:
     """Rows and columns of a block, wherever blocks are named: `[128, 128]` or `"128x128"`."""
-    found = []
+    sizes = []
     for weights in groups:
         numbers = [int(number) for number in re.findall(r"\d+", str(weights.get("block_structure")))]
         if len(numbers) == 2 and all(numbers):
-            found.append(numbers)
-    return found
+            sizes.append(numbers)
+    return sizes
 
 
 def _packed(stored: Stored, stem: str) -> Coded:

@@ -96,7 +96,7 @@ def fp8(stored: Stored) -> dict[str, Coded]:
     """Weights in float8 with scales beside them, as DeepSeek, Qwen and transformers write them; FP4 two to a byte, too."""
     named = stored.settings.get("weight_block_size")
     sizes = [named] if isinstance(named, list) and len(named) == 2 and all(named) else []
-    found = {}
+    coded = {}
     for name, entry in stored.entries.items():
         four_bits = entry.dtype in ("I8", "U8")
         if name.endswith(_SCALES) or not (four_bits or entry.dtype in EIGHT_BITS):
@@ -106,8 +106,8 @@ def fp8(stored: Stored) -> dict[str, Coded]:
         if not beside:
             continue  # named by whoever looks at what is left
         parts = {"weight": name, "scale": beside[0]}
-        found[name] = of_blocks(stored, parts, sizes, four_bits=four_bits)
-    return found
+        coded[name] = of_blocks(stored, parts, sizes, four_bits=four_bits)
+    return coded
 
 
 def fp4(stored: Stored, stem: str, weight: str, beside: dict[str, str]) -> Coded:
@@ -126,15 +126,15 @@ def modelopt(stored: Stored) -> dict[str, Coded]:
     """What NVIDIA's ModelOpt writes: FP8 with one scale, or NVFP4 (groups of 16 with a float8 scale, and one for all)."""
     for stem, _ in stored.ending("pre_quant_scale"):
         raise stored.refused(f"{stem}pre_quant_scale", "scales inputs, which Tawny cannot fold into weights")
-    found = {}
+    coded = {}
     for stem, entry in stored.ending(".weight"):
         name = f"{stem}.weight"
         if entry.dtype == "U8":
-            found[name] = fp4(stored, stem, "weight", {"global_scale": "weight_scale_2"})
+            coded[name] = fp4(stored, stem, "weight", {"global_scale": "weight_scale_2"})
         elif entry.dtype in EIGHT_BITS:
             stored.scale(f"{stem}.weight_scale")
-            found[name] = of_blocks(stored, {"weight": name, "scale": f"{stem}.weight_scale"})
-    return found
+            coded[name] = of_blocks(stored, {"weight": name, "scale": f"{stem}.weight_scale"})
+    return coded
 
 
 def mxfp4(stored: Stored) -> dict[str, Coded]:
@@ -142,7 +142,7 @@ def mxfp4(stored: Stored) -> dict[str, Coded]:
 
     The parameter they become is `[E, I, O]`.
     """
-    found = {}
+    coded = {}
     for stem, entry in stored.ending("_blocks"):
         if len(entry.shape) != 4 or entry.dtype != "U8":
             raise stored.refused(
@@ -152,8 +152,8 @@ def mxfp4(stored: Stored) -> dict[str, Coded]:
         parts = {"weight": f"{stem}_blocks", "scale": f"{stem}_scales"}
         stored.need(parts["scale"], _EXPONENTS, entry.shape[:3])
         form = f"float4 e2m1, groups of {2 * size}"
-        found[stem] = Coded(parts, (experts, 2 * groups * size, rows), form, _transposed)
-    return found
+        coded[stem] = Coded(parts, (experts, 2 * groups * size, rows), form, _transposed)
+    return coded
 
 
 def _transposed(parts: Parts) -> Tensor:

@@ -43,7 +43,7 @@ def gptq(stored: Stored) -> dict[str, Coded]:
         raise CheckpointError(
             f"{stored.folder} is GPTQ in the layout {layout!r}; expected 'gptq' or 'gptq_v2': convert it first"
         )
-    found = {}
+    coded = {}
     for stem, entry in stored.ending(".qweight"):
         name = f"{stem}.qweight"
         stored.need(name, ("I32",))
@@ -74,8 +74,8 @@ def gptq(stored: Stored) -> dict[str, Coded]:
             less=less,
             refuse=partial(stored.refused, f"{stem}.g_idx"),
         )
-        found[f"{stem}.weight"] = Coded(parts, (outputs, inputs), f"int{bits}, groups of {size}", decode)
-    return found
+        coded[f"{stem}.weight"] = Coded(parts, (outputs, inputs), f"int{bits}, groups of {size}", decode)
+    return coded
 
 
 def _gptq(
@@ -102,7 +102,7 @@ def awq(stored: Stored) -> dict[str, Coded]:
         raise CheckpointError(
             f"{stored.folder} is AWQ in the layout {version!r} of {bits} bits; expected 'gemm' of 4: convert it first"
         )
-    found = {}
+    coded = {}
     for stem, entry in stored.ending(".qweight"):
         stored.need(f"{stem}.qweight", ("I32",))
         inputs, outputs = entry.shape[0], entry.shape[-1] * 8
@@ -113,8 +113,8 @@ def awq(stored: Stored) -> dict[str, Coded]:
         stored.scale(parts["scales"], (groups, outputs))
         stored.need(parts["qzeros"], ("I32",), (groups, outputs // 8))
         form = f"int4, groups of {inputs // groups}"
-        found[f"{stem}.weight"] = Coded(parts, (outputs, inputs), form, _awq)
-    return found
+        coded[f"{stem}.weight"] = Coded(parts, (outputs, inputs), form, _awq)
+    return coded
 
 
 def _awq(parts: Parts) -> Tensor:
