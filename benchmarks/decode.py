@@ -46,7 +46,6 @@ from torch import Tensor, nn
 
 import tawny
 from tawny.decoding.decoder import Decoder
-from tawny.decoding.step import find_blocks
 from tawny.decoding.swapped import kernels
 from tawny.kernels import native
 from tawny.kernels.native import kernel_name
@@ -54,6 +53,7 @@ from tawny.machine import cpu_name, resident_memory
 from tawny.model.checkpoint import file_bytes
 from tawny.model.linears import linears_of
 from tawny.model.skeleton import build_skeleton
+from tawny.model.structure import find_stack
 from tawny.packed.choice import pack_end
 from tawny.packed.experts import PackedExperts
 from tawny.packed.format import PackedTensor, pack
@@ -172,7 +172,7 @@ def random_model(settings: dict[str, Any], cell: Cell) -> Any:
     keys = {"max_position_embeddings": 2048, "tie_word_embeddings": False, **settings}
     model: Any = build_skeleton(CONFIG_MAPPING[keys.pop("model_type", "llama")](**keys), dtype)
     generator = torch.Generator().manual_seed(0)
-    blocks = find_blocks(model)[1]
+    blocks = find_stack(model)[1]
     own = SHARED if "shared" in cell.variant else len(blocks)
     linears = linears_of(blocks[0], "")
     for linear in linears:

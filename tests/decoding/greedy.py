@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from tawny.decoding.decoder import Decoder
-from tawny.decoding.step import find_blocks
 from tawny.decoding.swapped import kernels
+from tawny.model.structure import find_stack
 
 
 def prune(model):
     """Zeros at random, 7 in 10, in every linear of every block."""
     generator = torch.Generator().manual_seed(0)
-    for module in find_blocks(model)[1].modules():
+    for module in find_stack(model)[1].modules():
         if isinstance(module, nn.Linear):
             module.weight.data[torch.rand(module.weight.shape, generator=generator) < 0.7] = 0
     return model

@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tawny.decoding import decoder, whole
 from tawny.decoding.decoder import Decoder, _rounded_once_more
-from tawny.decoding.step import Step, find_blocks
+from tawny.decoding.step import Step
 from tawny.decoding.swapped import kernels
 from tawny.errors import UserError
 from tawny.kernels import native
 from tawny.model.source import packaged_gguf, resolve
+from tawny.model.structure import find_stack
 from tawny.packed.linear import DenseLinear, PackedLinear, pack_linear
 from tawny.packed.live import pack_model
 from tests.decoding.greedy import compare, greedy, prune
@@ -29,7 +30,7 @@ compiled = pytest.mark.skipif(
 def packed(model, values="bf16"):
     """A copy with every linear of its blocks packed."""
     made = copy.deepcopy(model)
-    for module in list(find_blocks(made)[1].modules()):
+    for module in list(find_stack(made)[1].modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, pack_linear(child, values))
@@ -300,7 +301,7 @@ def test_packed_says_what_dense_with_zeros_says_on_a_real_model():
         pytest.skip("the packaged model is not installed")
     folder = resolve("smollm2")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    for module in find_blocks(model)[1].modules():
+    for module in find_stack(model)[1].modules():
         if isinstance(module, nn.Linear):
             W = module.weight.data
             W[W.abs() <= W.abs().float().flatten().kthvalue(W.numel() // 2).values] = 0

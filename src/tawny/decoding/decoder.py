@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from tawny.decoding.cache import cache_in, holds_something, reserved_layer
-from tawny.decoding.step import Step, find_blocks, find_rotary
+from tawny.decoding.step import Step, find_rotary
 from tawny.errors import UserError
 from tawny.kinds import kind_of
 from tawny.model.linears import changed
+from tawny.model.structure import find_stack
 from tawny.packed.linear import PackedLinear
 
 # How far the quick path may be from the model's own logits, in units of what one rounding of each block's output does.
@@ -354,7 +355,7 @@ def _rounded_once_more(model: nn.Module, seed: int) -> Iterator[None]:
         changed = (hidden.double() * (1 + signs * half)).to(hidden.dtype)
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
-    hooks = [block.register_forward_hook(disturb) for block in find_blocks(model)[1]]
+    hooks = [block.register_forward_hook(disturb) for block in find_stack(model)[1]]
     try:
         yield
     finally:

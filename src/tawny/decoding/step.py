@@ -19,7 +19,7 @@ Between products everything is float32; into products goes the model's own dtype
 
 from __future__ import annotations
 
-__all__ = ["Step", "find_blocks", "find_rotary"]
+__all__ = ["Step", "find_rotary"]
 
 import ctypes
 import operator
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from tawny.errors import ModelError
 from tawny.kernels import native, ops
+from tawny.model.structure import find_stack
 from tawny.packed.expert_loop import can_run
 from tawny.packed.experts import PackedExperts
 from tawny.packed.linear import DenseLinear, PackedLinear
@@ -88,23 +89,15 @@ def _need(condition: object) -> None:
         raise _UnusualShape
 
 
-def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The list of same-class modules that holds most of the model's bytes, packed or not, and the module it is in."""
-    best: tuple[int, nn.Module, nn.ModuleList] | None = None
-    for parent in model.modules():
-        for child in parent.children():
-            if isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1:
-                held = sum(t.nbytes for t in (*child.parameters(), *child.buffers()))
-                if best is None or held > best[0]:
-                    best = held, parent, child
-    if best is None:
-        raise ModelError(f"{type(model).__name__} holds no list of blocks; expected a decoder")
-    return best[1], best[2]
+def _stack(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The list of the blocks, packed or not, and the module it is in."""
+    path, blocks = find_stack(model)
+    return model.get_submodule(path.rpartition(".")[0]), blocks
 
 
 def find_rotary(model: nn.Module) -> Any:
     """The module that makes the rotary angles of a model that has a `Step`."""
-    return _only(find_blocks(model)[0], lambda module: "inv_freq" in module._buffers)
+    return _only(_stack(model)[0], lambda module: "inv_freq" in module._buffers)
 
 
 class Step:
@@ -135,7 +128,7 @@ class Step:
         sizes = self._library.tawny_step_sizes()
         _need(sizes == ctypes.sizeof(_Decoder) << 32 | ctypes.sizeof(_Block))
         self._alive: list[Any] = [memory]
-        base, blocks = find_blocks(model)
+        base, blocks = _stack(model)
         self._embedding = model.get_input_embeddings()
         norm = _only(base, _is_norm)
         first = _parts(blocks[0])
