@@ -43,6 +43,13 @@ def products(request, monkeypatch):
         yield request.param
 
 
+@pytest.fixture(params=native.available())
+def kernel(request):
+    """Each kernel that this CPU can run, plain torch among them."""
+    with native.force(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Call the command line as a user does; returns exit code, stdout, stderr."""

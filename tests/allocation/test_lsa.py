@@ -17,12 +17,6 @@ from tests.reference.lsa import half_removal_error_by_trial
 from tests.reference.problems import lifelike
 
 
-@pytest.fixture(params=native.available())
-def kernel(request):
-    with native.force(request.param):
-        yield request.param
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     kernel=st.sampled_from(native.available()),

@@ -29,12 +29,6 @@ ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 EXPANDED = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
-@pytest.fixture(params=KERNELS)
-def kernel(request):
-    with native.force(request.param):
-        yield request.param
-
-
 # torch's own products promise no order of sums.
 OURS = pytest.mark.parametrize("kernel", KERNELS[:-1], indirect=True)
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import openai
 import pytest
 
-import tawny
-from tests.serving.tiny import byte_tokenizer, served_model
+from tests.serving.tiny import byte_tokenizer, served_model, serving
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +24,7 @@ def log():
 @pytest.fixture(scope="session")
 def server(model, tokenizer, log):
     """A server of a tiny model, in this process, at a free port."""
-    with tawny.serve(
-        model, tokenizer=tokenizer, name="tiny", max_sequences=3, queue=4, log=log.append
-    ) as running:
+    with serving(model, tokenizer, max_sequences=3, queue=4, log=log.append) as (running, _):
         yield running
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -13,13 +12,12 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-import tawny
 from tawny.serving import running as running_module
 from tawny.serving.answers import Service
 from tawny.serving.grammar import Grammars
 from tawny.serving.protocol import ChatRequest, CompletionRequest, Refused
 from tests.serving.test_server import CHAT, TOOL, ask, wait
-from tests.serving.tiny import TEMPLATE, byte_tokenizer
+from tests.serving.tiny import TEMPLATE, byte_tokenizer, connected, serving
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +190,8 @@ def test_whoever_waits_to_be_prepared_takes_a_place_and_whoever_has_gone_is_not_
 
     monkeypatch.setattr(Service, "complete", slow)
     log, path = [], "/v1/completions"
-    keys = {"tokenizer": tokenizer, "name": "tiny", "max_sequences": 2, "queue": 1, "log": log.append}
-    with tawny.serve(model, **keys) as server, ThreadPoolExecutor(2) as pool:
+    keys = {"max_sequences": 2, "queue": 1, "log": log.append}
+    with serving(model, tokenizer, **keys) as (server, _), ThreadPoolExecutor(2) as pool:
 
         def complete(prompt):
             body = json.dumps({"model": "tiny", "prompt": prompt, "max_tokens": 1})
@@ -201,12 +199,11 @@ def test_whoever_waits_to_be_prepared_takes_a_place_and_whoever_has_gone_is_not_
 
         first = pool.submit(complete, "first")
         assert begun.wait(60)
-        host, port = server.address.removeprefix("http://").split(":")
         body = json.dumps({"model": "tiny", "prompt": "gone"})
-        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: HOST\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         second = pool.submit(complete, "second")
-        with socket.create_connection((host, int(port)), timeout=20) as gone:
-            gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        with connected(server, head + body):
             wait(lambda: json.loads(ask(server, "GET", "/health")[1])["waiting"] == 3)
             status, told = complete("third")
             assert status == 429 and b"1 requests wait and 1 may" in told
@@ -214,8 +211,8 @@ def test_whoever_waits_to_be_prepared_takes_a_place_and_whoever_has_gone_is_not_
         assert first.result(60)[0] == second.result(60)[0] == 200
         wait(lambda: any(" 499 " in line for line in log))
         assert _cancelled(server) == 1
-        with socket.create_connection((host, int(port)), timeout=20) as gone:  # in the middle of its body
-            gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body[:9]}".encode())
+        with connected(server, head + body[:9]):
+            pass  # and goes in the middle of its body
         wait(lambda: _cancelled(server) == 2)
     assert prepared == [["first"], ["second"]]
 

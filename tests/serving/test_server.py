@@ -29,7 +29,7 @@ from tawny.errors import UserError
 from tawny.progress import Silent
 from tawny.serving.web import Connection
 from tawny.words import size
-from tests.serving.tiny import byte_tokenizer, served_model
+from tests.serving.tiny import byte_tokenizer, connected, served_model, serving
 from tests.tiny import BAMBA, tiny_model
 
 CHAT = [{"role": "user", "content": "Héllo"}]
@@ -200,30 +200,17 @@ def test_tools_are_called_in_the_templates_format(client):
         made = client.chat.completions.create(**keys, tools=[TOOL], tool_choice=choice).choices[0]
         (call,) = made.message.tool_calls
         assert re.fullmatch("[a-zA-Z0-9]{9}", call.id)  # templates of Mistral refuse others
-        assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in (
-            "Oslo",
-            "Rome",
-        )
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
         assert made.finish_reason == "tool_calls" and made.message.content is None
     stream = client.chat.completions.create(**keys, tools=[TOOL], tool_choice=named, stream=True)
     chunks = [chunk.choices[0] for chunk in stream]
     (call,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
     assert call.function.name == "weather" and chunks[-1].finish_reason == "tool_calls"
     # What the tool said goes back through the template.
-    history = [
-        *CHAT,
-        {
-            "role": "assistant",
-            "tool_calls": [
-                {
-                    "id": "a",
-                    "type": "function",
-                    "function": {"name": "weather", "arguments": '{"city": "Oslo"}'},
-                }
-            ],
-        },
-        {"role": "tool", "tool_call_id": "a", "content": "rain"},
-    ]
+    call = named | {"id": "a", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    answer = {"role": "tool", "tool_call_id": "a", "content": "rain"}
+    history = [*CHAT, {"role": "assistant", "tool_calls": [call]}, answer]
     made = client.chat.completions.create(
         **GREEDY, messages=history, tools=[TOOL], tool_choice="none", max_tokens=2
     )
@@ -369,23 +356,19 @@ def test_a_prompt_of_ids_that_the_model_has_not_is_refused(client):
 
 def test_a_body_that_comes_too_slowly_is_not_waited_for(server, monkeypatch):
     monkeypatch.setattr("tawny.serving.guard._MOST_SECONDS", 0.1)
-    host, port = server.address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as slow:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    head = "POST /v1/completions HTTP/1.1\r\nHost: HOST\r\nContent-Type: application/json\r\n"
+    with connected(server, f"{head}Content-Length: 100\r\n\r\n{{") as slow:
         assert b" 408 " in slow.recv(100)
 
 
 @pytest.mark.parametrize(
-    "sent", ["", "GET /health HTTP/1.1\r\nHo", "GET /health HTTP/1.1\r\nHost: {}\r\n\r\n"]
+    "sent", ["", "GET /health HTTP/1.1\r\nHo", "GET /health HTTP/1.1\r\nHost: HOST\r\n\r\n"]
 )
 def test_a_connection_that_asks_for_nothing_more_is_closed(server, monkeypatch, sent):
     monkeypatch.setattr("tawny.serving.web._IDLE", 0.2)
-    host, port = server.address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as idle:
-        idle.sendall(sent.format(host).encode())
+    with connected(server, sent) as idle:
         answer = b"".join(iter(partial(idle.recv, 4096), b""))  # until the server closes
-    assert (b" 200 " in answer) == ("{}" in sent)
+    assert (b" 200 " in answer) == ("HOST" in sent)
 
 
 def test_a_request_that_takes_longer_than_an_idle_connection_may_is_answered(server, monkeypatch):
@@ -417,18 +400,8 @@ def test_nobody_listens_to_the_world_without_a_key(model, tokenizer):
 
 def test_a_full_queue_says_when_to_come_back_and_a_client_that_leaves_is_forgotten(tokenizer):
     log = []
-    with (
-        tawny.serve(
-            served_model(),
-            tokenizer=tokenizer,
-            name="tiny",
-            max_sequences=1,
-            queue=0,
-            api_key="k",
-            log=log.append,
-        ) as server,
-        openai.OpenAI(base_url=server.url, api_key="k", max_retries=0) as client,
-    ):
+    keys = {"max_sequences": 1, "queue": 0, "api_key": "k", "log": log.append}
+    with serving(served_model(), tokenizer, **keys) as (server, client):
         assert ask(server, "GET", "/v1/models")[0] == 401 and ask(server, "GET", "/health")[0] == 200
         long = client.completions.create(**GREEDY, prompt="owl", max_tokens=1000, stream=True)
         next(iter(long))
@@ -448,10 +421,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_client_that_leaves_is_forgott
 
 
 def test_a_request_may_not_take_for_ever(model, tokenizer):
-    with (
-        tawny.serve(model, tokenizer=tokenizer, name="tiny", timeout=0.05) as server,
-        openai.OpenAI(base_url=server.url, api_key="k", max_retries=0) as client,
-    ):
+    with serving(model, tokenizer, timeout=0.05) as (server, client):
         with pytest.raises(openai.InternalServerError, match="longer than it may") as caught:
             client.completions.create(**GREEDY, prompt="owl", max_tokens=1000)
         assert caught.value.response.headers["x-should-retry"] == "false"
@@ -462,11 +432,7 @@ def test_a_request_may_not_take_for_ever(model, tokenizer):
 
 
 def test_a_model_without_a_chat_template_continues_texts(model):
-    bare = byte_tokenizer(None)
-    with (
-        tawny.serve(model, tokenizer=bare, name="tiny") as server,
-        openai.OpenAI(base_url=server.url, api_key="k", max_retries=0) as client,
-    ):
+    with serving(model, byte_tokenizer(None)) as (_, client):
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             client.chat.completions.create(model="tiny", messages=CHAT)
         assert client.completions.create(**GREEDY, prompt="owl", max_tokens=3).usage.completion_tokens == 3
@@ -513,9 +479,7 @@ def test_the_context_that_is_asked_for_is_kept_or_its_lowering_said(model, token
         (model, 5000, 1024),
     ):
         said = Said()
-        with tawny.serve(
-            served, tokenizer=tokenizer, max_sequences=1, context=context, progress=said
-        ) as server:
+        with serving(served, tokenizer, max_sequences=1, context=context, progress=said) as (server, _):
             assert f"1 sequences of {capacity} tokens" in server.described()[1]
         lowered = [f"a context of {context} tokens is more than the model has; it is {capacity}"]
         assert said.lines == (lowered if context is not None and capacity < context else [])
@@ -523,7 +487,7 @@ def test_the_context_that_is_asked_for_is_kept_or_its_lowering_said(model, token
 
 def test_a_stream_that_runs_when_the_server_ends_is_told_so(tokenizer, monkeypatch, caplog):
     monkeypatch.setattr("tawny.serving.web._GRACE", 0)
-    with tawny.serve(served_model(), tokenizer=tokenizer, name="tiny", max_sequences=1) as server:
+    with serving(served_model(), tokenizer, max_sequences=1) as (server, _):
         body = {**GREEDY, "prompt": "owl", "max_tokens": 1000, "n": 4}
         streamed = begun(server, body | {"stream": True}).getresponse()
         whole = begun(server, body)
@@ -539,7 +503,7 @@ def test_a_request_that_is_cut_at_the_end_leaves_no_traceback(tokenizer, monkeyp
     monkeypatch.setattr("tawny.serving.web._GRACE", 0)
     monkeypatch.setattr("tawny.serving.web._LAST", 0.01)
     monkeypatch.setattr("tawny.decoding.worker.Worker.end", lambda self: None)
-    with tawny.serve(served_model(), tokenizer=tokenizer, name="tiny") as server:
+    with serving(served_model(), tokenizer) as (server, _):
         body = {**GREEDY, "prompt": "owl", "max_tokens": 1000, "n": 4, "stream": True}
         streamed = begun(server, body).getresponse()
         streamed.readline()
@@ -595,15 +559,8 @@ def test_the_program_serves_curl_and_ends_when_it_is_told(folder, said):
         assert whole.choices[0].message.content == said.text
         if shutil.which("curl"):
             body = json.dumps({"model": "owl", "temperature": 0, "messages": CHAT, "max_tokens": 24})
-            command = [
-                "curl",
-                "-s",
-                f"{url}/chat/completions",
-                "-H",
-                "Content-Type: application/json",
-                "-d",
-                body,
-            ]
+            command = ["curl", "-s", f"{url}/chat/completions", "-d", body]
+            command += ["-H", "Content-Type: application/json"]
             got = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
             assert got["choices"][0]["message"]["content"] == said.text
         begin = time.monotonic()
@@ -618,11 +575,8 @@ def test_a_conversation_in_the_terminal_remembers(folder, model, tokenizer, run,
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\nAnd?\n"))
     code, out, err = run("chat", folder, "-t", 0, "-n", 6)
     first = tawny.generate(model, "Hi", tokenizer=tokenizer, max_tokens=6).text
-    history = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": first},
-        {"role": "user", "content": "And?"},
-    ]
+    said = (("user", "Hi"), ("assistant", first), ("user", "And?"))
+    history = [{"role": role, "content": text} for role, text in said]
     second = tawny.generate(model, history, tokenizer=tokenizer, max_tokens=6).text
     assert code == 0, err
     assert out.splitlines() == f"{first}\n{second}\n".splitlines()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import openai
 import pytest
 
-import tawny
 from tawny.serving.answers import Service
 from tests.decoding.tokenizers import llama_2_tokenizer
 from tests.serving.test_server import CHAT, GREEDY
-from tests.serving.tiny import byte_tokenizer
+from tests.serving.tiny import byte_tokenizer, serving
 from tests.tiny import endless
 
 
@@ -26,10 +24,7 @@ def service(tokenizer):
 
 
 def test_a_space_between_prompt_and_text_is_told_everywhere(spaced):
-    with (
-        tawny.serve(endless("llama"), tokenizer=spaced, name="tiny") as server,
-        openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
-    ):
+    with serving(endless("llama"), spaced) as (_, client):
         keys = {**GREEDY, "prompt": "the owl", "max_tokens": 4}
         made = client.completions.create(**keys, echo=True, logprobs=1).choices[0]
         stream = client.completions.create(**keys, stream=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import openai
+
+import tawny
 from tests.tiny import tiny_model
 
 # Marks as many families use them; a call of a tool is JSON between two of them.
@@ -41,3 +47,23 @@ def served_model(seed: int = 0) -> Any:
     model = tiny_model("llama", seed, vocab_size=264, max_position_embeddings=1024)
     model.generation_config.eos_token_id = model.config.eos_token_id = 256
     return model
+
+
+@contextmanager
+def serving(model: Any, tokenizer: Any, **keys: Any) -> Iterator[tuple[tawny.Server, openai.OpenAI]]:
+    """A server of its own, and a client that asks once."""
+    key = keys.get("api_key", "none")
+    with (
+        tawny.serve(model, tokenizer=tokenizer, name="tiny", **keys) as server,
+        openai.OpenAI(base_url=server.url, api_key=key, max_retries=0, timeout=60) as client,
+    ):
+        yield server, client
+
+
+@contextmanager
+def connected(server: tawny.Server, text: str) -> Iterator[socket.socket]:
+    """A connection that has sent a text, with the server's name for HOST."""
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(text.replace("HOST", host).encode())
+        yield connection

@@ -106,12 +106,6 @@ def test_options_at_the_ends_of_their_ranges_solve(pattern, damp: float, rho: fl
     assert int(solution.mask.sum()) == W.numel() // 2 and torch.isfinite(solution.weight).all()
 
 
-@pytest.fixture(params=native.available())
-def kernel(request):
-    with native.force(request.param):
-        yield request.param
-
-
 @pytest.mark.parametrize("zeros", [0.0, 0.2])
 def test_the_threshold_near_the_last_one_is_the_threshold_over_everything(kernel, zeros: float) -> None:
     dice = torch.Generator().manual_seed(0)
