@@ -105,7 +105,7 @@ def test_one_call_a_token_gives_the_models_own_logits(level, dtype):
 
 @compiled
 @pytest.mark.parametrize("values", ["bf16", "f32", "int8"])
-def test_packed_linears_run_in_the_one_call_too(values):
+def test_packed_linears_run_in_the_one_call_too(products, values):
     ids = tokens(1, 20)[0]
     dtype = torch.float32 if values == "f32" else torch.bfloat16
     model = packed(prune(tiny_model("llama", dtype=dtype)), values)
@@ -280,7 +280,7 @@ def test_the_noise_hooks_leave_no_trace():
         assert not torch.equal(before, during) and torch.equal(before, model(input_ids=ids).logits)
 
 
-def test_packed_says_what_dense_with_zeros_says():
+def test_packed_says_what_dense_with_zeros_says(products):
     """20 prompts × 64 tokens; how a tie is judged stands in tests/decoding/greedy.py."""
     model = prune(tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=2))
     found = compare(model, packed(model), list(tokens(20, 8)), 64)

@@ -95,7 +95,7 @@ def test_the_command_line_packs_what_it_solved(run, dense, tmp_path):
     assert code == 2 and "give --pack or --values" in err
 
 
-def test_an_allocator_shares_bits_and_the_mean_is_kept(dense, tmp_path):
+def test_an_allocator_shares_bits_and_the_mean_is_kept(products, dense, tmp_path):
     values = {"mean": 4.5, "of": ["int3", "int4", "int8"]}
     keys = {"allocator": "owl", "solver": "sparsegpt", "values": values}
     record = tawny.prune(dense, tmp_path / "pruned", calibration=tokens(8, 16), **keys)

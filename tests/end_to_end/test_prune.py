@@ -160,7 +160,7 @@ def test_suspended_forwards_give_the_bytes_of_repeated_ones(monkeypatch):
             assert same(suspended, pruned(family, **keys)), family
 
 
-def test_the_same_recipe_writes_the_same_bytes(dense, tmp_path):
+def test_the_same_recipe_writes_the_same_bytes(products, dense, tmp_path):
     for out in ("a", "b"):
         tawny.prune(dense, tmp_path / out, sparsity=0.6, calibration=tokens())
     for name in ("model.safetensors", "config.json"):

@@ -31,6 +31,12 @@ def test_streamed_perplexity_is_that_of_the_models_own_loss(family, tmp_path):
     assert live.perplexity == pytest.approx(made.perplexity, rel=1e-4)
 
 
+def test_forwards_compute_in_what_the_cpu_multiplies_fastest(products, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    named = "float32" if products == "float32" else "bfloat16"
+    assert tawny.evaluate(tmp_path, tokens()).loss == tawny.evaluate(tmp_path, tokens(), compute=named).loss
+
+
 def test_the_json_holds_the_promised_keys():
     made = tawny.evaluate(tiny_model("llama"), tokens(2, 16)).to_dict()
     assert {"perplexity", "stderr", "windows", "tokens", "seconds", "text_sha256"} <= made.keys()

@@ -24,7 +24,7 @@ def linear(out: int = 24, columns: int = 96, bias: bool = True) -> nn.Linear:
 
 
 @pytest.mark.parametrize("values,group", KINDS)
-def test_a_packed_linear_computes_what_its_dense_twin_computes(values, group):
+def test_a_packed_linear_computes_what_its_dense_twin_computes(products, values, group):
     module = linear()
     packed = PackedLinear.from_linear(module, values, group)
     twin = nn.functional.linear

@@ -137,17 +137,17 @@ def test_the_threshold_near_the_last_one_is_the_threshold_over_everything(kernel
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_every_kernel_solves_like_plain_torch(kernel, zeros: bool) -> None:
+def test_every_kernel_solves_like_plain_torch(kernel, products: str, zeros: bool) -> None:
     W, statistics = lifelike(63, 97)
     if zeros:
         W[torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.1] = 0
     found = Alps().solve(W, statistics, Unstructured(), 0.7)
     with native.force("torch"):
         wanted = Alps().solve(W, statistics, Unstructured(), 0.7)
-    # The last bits differ, and with them a few weights at the threshold.
+    # The last bits differ, and with them a few weights at the threshold, which lose about as much as one another.
     assert int((found.mask != wanted.mask).sum()) <= 0.005 * W.numel()
     losses = [reconstruction_error(W, each.weight, statistics.hessian) for each in (found, wanted)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
     transposed = Alps().solve(W.T.contiguous().T, statistics, Unstructured(), 0.7)
     assert torch.equal(transposed.mask, found.mask)
 
