@@ -1,7 +1,7 @@
 """What the scripts share: arguments, where a result came from, results that are taken up again, children, medians.
 
 Every results file says its commit, date and versions, and of the machine the CPU with its flags, the threads, the kernels and
-the dtype that products are computed in (`origin`): machines that differ in these share a name.
+how products are computed (a key of `tawny.cpu.PRODUCTS`): machines that differ in these share a name.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ def origin(**more: Any) -> dict[str, Any]:
     import tawny
     from tawny.kernels.native import kernel_name
     from tawny.machine import cpu_features, machine, versions
-    from tawny.precision import native_dtype, rounds_products
+    from tawny.precision import products
 
     here = {
         **machine(),
         "flags": cpu_features(),
         "kernel": kernel_name(),
-        "products": str(native_dtype()).removeprefix("torch."),
-        "rounds_products": rounds_products(),
+        "products": products(),
     }
     return {
         "machine": here | more,
