@@ -13,12 +13,12 @@ from tawny.cli import watching
 from tawny.cli.console import Console
 from tawny.cli.drawing import drawn
 from tawny.cli.eval_ import perplexity_tables
-from tawny.cli.frames import table
 from tawny.cli.inspect import inspection_tables
-from tawny.cli.prune import comparison_table
 from tawny.cli.push import push_tables
 from tawny.cli.tables_of_pruning import allocation_table
 from tawny.evaluation.perplexity import Perplexity
+from tawny.report.frames import table
+from tawny.report.view import quality
 
 
 def no_tables(result):
@@ -121,7 +121,7 @@ def test_tables_are_plain_when_piped_and_names_stay_whole(capsys, monkeypatch):
 
 def test_dense_and_pruned_stand_side_by_side(capsys):
     pruned = perplexity(30.0, sparsity=0.5)
-    Console().result({}, lambda _: [comparison_table(perplexity(), pruned)])
+    Console().result({}, lambda _: [quality({"dense": perplexity(), "pruned": pruned})])
     out = capsys.readouterr().out
     assert "dense" in out and "pruned" in out
     assert "20.00 ± 0.50" in out and "30.00 ± 0.50" in out and "× 1.50" in out and "50.00 %" in out
@@ -159,7 +159,7 @@ def test_a_name_cannot_command_the_terminal(capsys, monkeypatch, columns):
 def test_brackets_and_colons_of_a_name_are_letters(capsys):
     console = Console()
     dense = perplexity(text="x[/y].txt")
-    console.result({}, lambda _: [comparison_table(dense, perplexity(30.0, text="x[/y].txt"))])
+    console.result({}, lambda _: [quality({"dense": dense, "pruned": perplexity(30.0)})])
     console.result({}, lambda _: perplexity_tables(perplexity(text="[red]t:owl:.txt", seconds=1.0)))
     pushed = {"files": {"[bold]a:owl:.txt": 1}, "bytes": 1, "url": "", "repo": "a/b"}
     console.result({**pushed, "notes": [], "dry_run": True}, push_tables)

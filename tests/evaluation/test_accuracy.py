@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import tawny
 from tawny.errors import ModelError, TextError
 from tawny.evaluation import compare
-from tawny.report.comparison import lines_of
+from tawny.report.comparison import compared
 from tests.encoders import tiny_encoder
 from tests.pictures import save_pictures, save_seeing
 from tests.tiny import tiny_model
@@ -183,5 +183,5 @@ def test_a_comparison_has_a_line_of_accuracy(seen):
     setting = dict.fromkeys(keys) | {"text": f"images:{seen.root / 'pictures'}", "labels": str(seen.table)}
     setting |= {"seqlen": 128, "speed": False, "rounds": 1, "compute": "float32", "device": "cpu"}
     rows = [{"name": m.name, **compare.measure(str(m), None, setting)} for m in (seen.dense, seen.pruned)]
-    line = next(line for line in lines_of({"models": rows}) if line.name == "accuracy")
-    assert line.cells[0].text.startswith("66.7 ± ") and line.cells[1].change.endswith(tuple("0123456789"))
+    first, second = next(row[1:] for row in compared({"models": rows}).rows if row[0] == "accuracy, %")
+    assert first.text.startswith("66.7 ± ") and second.change.endswith(tuple("0123456789"))

@@ -155,9 +155,9 @@ def test_what_fails_for_one_model_is_said_and_the_others_stay(models, text, tmp_
     assert broken["errors"].keys() >= {"memory", "sparsity", "perplexity"}
     assert "tokenizer" in foreign["errors"]["agreement"] and foreign["perplexity"]["perplexity"] > 1
     assert "no such folder" in missing["errors"]["model"]
-    from tawny.report.comparison import lines_of, to_html, to_markdown
+    from tawny.report.comparison import compared, to_html, to_markdown
 
-    names = [line.name for line in lines_of(made)]
+    names = [row[0] for row in compared(made).rows]
     assert "bits per byte" in names and "perplexity" in names
     page, table = to_html(made), to_markdown(made)
     for shown in (page, table):
@@ -165,7 +165,7 @@ def test_what_fails_for_one_model_is_said_and_the_others_stay(models, text, tmp_
 
 
 def test_tasks_of_any_metric_are_compared_and_no_mean_mixes_them():
-    from tawny.report.comparison import lines_of
+    from tawny.report.comparison import compared
 
     def asked(*tasks, mean=None):
         keys = ("name", "metric", "value", "stderr")
@@ -175,11 +175,11 @@ def test_tasks_of_any_metric_are_compared_and_no_mean_mixes_them():
     piqa, arc = ("piqa", "acc", 0.7, 0.01), ("arc_easy", "acc", 0.6, 0.01)
     others = ("gsm8k", "exact_match", 0.5, 0.01), ("wikitext", "word_perplexity", 25.0, 0.0)
     mixed = {"models": [{"name": "a", "tasks": asked(piqa, *others)}, {"name": "b"}]}
-    lines = {line.name: (line.unit, line.cells[0].text) for line in lines_of(mixed)}
-    assert lines["piqa"] == ("%", "70.0 ± 1.0") and lines["gsm8k"] == ("%", "50.0 ± 1.0")
-    assert lines["wikitext"] == ("word_perplexity", "25") and "mean of the tasks" not in lines
+    lines = {row[0]: row[1].text for row in compared(mixed).rows[1:]}
+    assert lines["piqa, %"] == "70.0 ± 1.0" and lines["gsm8k, %"] == "50.0 ± 1.0"
+    assert lines["wikitext, word_perplexity"] == "25" and "mean of the tasks, %" not in lines
     alike = {"models": [{"name": "a", "tasks": asked(piqa, arc, mean=0.65)}]}
-    assert "mean of the tasks" in {line.name for line in lines_of(alike)}
+    assert "mean of the tasks, %" in {row[0] for row in compared(alike).rows}
 
 
 def test_the_verb_writes_a_table_a_page_and_one_document(models, text, tmp_path, here, run, monkeypatch):

@@ -140,7 +140,7 @@ def test_card_and_page_say_who_chose_the_blocks_that_left(tmp_path):
     plain = json.loads(made.to_json())
     plain["source"] = "tiny-llama"
     card, page = model_card(plain), render_report(plain)
-    assert "`divergence` chose the 1 of 3 blocks that left." in card and "Allocated" not in card
+    assert "`divergence` chose the 1 of 3 blocks that left." in card and "shared the budget" not in card
     assert "divergence chose the 1 of 3 blocks that left." in page and "shared the budget" not in page
     plain["recipe"]["allocator"] = {"name": "file", "path": "a.yaml"}
     assert "An allocation file chose the 1 of 3 blocks that left." in model_card(plain)

@@ -91,11 +91,11 @@ def test_bits_are_a_mean_over_weights_not_over_linears():
 def test_a_model_that_lost_no_weight_is_not_called_sparse():
     made = rounded(["int8", "int3"], False)
     card, page = model_card(made), Page(render_report(made))
-    assert "0 of " in card and "were removed (0.00%)" in card and "are zero" not in card
+    assert "None of " in card and "prunable weights was removed" in card and "are zero" not in card
     assert "on the grid of int3 to int8" in card and "bit mask" not in card
     trained = model_card(made | {"zeros": 9, "recovery": {"settings": {}}}, recovery={"settings": {}})
     assert ", all by rounding" in trained
-    assert "None was removed" in page.text and "were removed" not in page.text
+    assert "prunable weights was removed" in page.text and "were removed" not in page.text
     assert page.all("table", id="heat-bits") and not page.all("table", id="heat-sparsity")
     pruned = Page(render_report(rounded(["int4"], True)))
     assert "were removed" in pruned.text and "solved the others on the grid of int4" in pruned.text
@@ -113,7 +113,7 @@ def test_the_page_of_a_fit_shows_what_was_compared_and_the_time_of_all():
     told = Page(render_report(made | {"fit": FIT | {"warnings": ["packing took 9 MB"], **ASKED}}))
     assert "packing took 9 MB" in told.text and "asked for 5 MB" in told.text
     assert "judged on 32 windows of 256 tokens" in told.text
-    assert "Judged on 32 windows of 256 tokens" in model_card(made | {"fit": FIT | ASKED})
-    assert "Made in 1 h 30 min" in model_card(made)
+    assert "judged on: 32 windows of 256 tokens" in model_card(made | {"fit": FIT | ASKED})
+    assert "time: 1 h 30 min" in model_card(made)
     del made["fit"]["winner"], made["fit"]["seconds"]  # a folder of an earlier version
     assert "KL from dense 0.1250" in Page(render_report(made)).text

@@ -25,7 +25,7 @@ def test_every_measurement_is_in_the_table_and_the_best_is_marked(record):
     table = page[page.index("<tbody>") : page.index("</tbody>")]
     for entry in record["measured"]:
         assert f"<td>{entry['perplexity']:,.2f}</td>" in table and f"<td>{entry['kl']:.4f}</td>" in table
-    assert table.count("kept") == 1 and len(re.findall("<tr>", table)) == len(record["measured"])
+    assert table.count("best") == 1 and len(re.findall("<tr>", table)) == len(record["measured"])
     assert f"{record['zeros']:,} zeros are still there" in page
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import DATA, Model, Threads, option
 from tawny.cli.root import verb
+from tawny.report.frames import Frame, Result, facts, table
 from tawny.words import size
 
 _PATHS = {"blocks": "one C++ call a token", "model": "the model's own forward for each token"}

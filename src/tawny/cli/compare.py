@@ -12,10 +12,10 @@ import tawny
 from tawny.cli.common import check_file
 from tawny.cli.console import Console
 from tawny.cli.eval_ import DEFAULT_TEXT, TEXT, Asked
-from tawny.cli.frames import Frame, Marked, Result, facts
 from tawny.cli.options import OUTPUT, Threads, option, path_named
 from tawny.cli.root import verb
-from tawny.report.comparison import caption, failures, lines_of, to_html, to_markdown, write
+from tawny.report.comparison import caption, compared, failures, to_html, to_markdown, write
+from tawny.report.frames import Frame, Result, facts
 from tawny.report.pages import or_say
 from tawny.words import duration
 
@@ -86,12 +86,7 @@ def compare(
 
 def compare_tables(result: Result) -> list[Frame]:
     """What `tawny compare` measured: a line a number, a column a model; the best of each line is bold."""
-    names = [model["name"] for model in result["models"]]
-    made = Frame(("", *names), wrapped=range(len(names) + 1))
-    for line in lines_of(result):
-        cells = [Marked(cell.text, cell.change, cell.best) for cell in line.cells]
-        made.add(line.name + (f", {line.unit}" if line.unit else ""), *cells)
     rows = [("", sentence) for sentence in caption(result)]
     rows += [("missing", f"{model}: {part}: {why}") for model, part, why in failures(result)]
     rows.append(("time", duration(result["seconds"])))
-    return [made, facts(rows)]
+    return [compared(result), facts(rows)]

@@ -21,12 +21,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from tawny.cli.frames import Result, Shown
 from tawny.cli.watching import LineWatch
 from tawny.errors import printable
 from tawny.process_group import speaks
 from tawny.progress import Progress, silent
 from tawny.record import finite
+from tawny.report.frames import Result, Shown
 
 
 class Console:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.root import verb
 from tawny.errors import MissingFeature, UserError
 from tawny.machine import cpu_features, cpu_name, free_memory, total_memory
+from tawny.report.frames import Frame, Result, facts
 from tawny.words import size
 
 _OPTIONAL = {"datasets": "texts c4, wikitext2 and ptb from the hub: pip install 'tawny[hub]'"}

@@ -22,9 +22,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tawny.cli.frames import Frame, Marked, Shown
 from tawny.cli.watching import Walk
 from tawny.errors import printable
+from tawny.report.frames import Frame, Marked, Shown
 from tawny.words import duration
 
 _WIDE = 200  # columns where nobody's window limits them

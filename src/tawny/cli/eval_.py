@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import OUTPUT, Device, Model, option, path_named, shared
 from tawny.cli.root import verb
 from tawny.errors import RecipeError
 from tawny.machine import check_device
+from tawny.report.frames import Frame, Result, facts, table
 from tawny.words import (
     SHARES,
     duration,
@@ -219,7 +219,7 @@ def _shows_pictures(
 
 
 def _check_encoder(model: str, stride: int | None, bos: bool | None, tokens: int | None) -> None:
-    """Refuse what says nothing where features or classes are compared; `tokens` is a `--seqlen` beside labels of pictures."""
+    """Refuse what does not apply where features or classes are compared; `tokens` is a `--seqlen` beside labels of pictures."""
     for given, said in (
         (stride, "--stride says"),
         (bos, "--bos and --no-bos say"),
@@ -227,6 +227,14 @@ def _check_encoder(model: str, stride: int | None, bos: bool | None, tokens: int
     ):
         if given is not None:
             raise RecipeError(f"{model} predicts no next token, so {said} nothing of it")
+
+
+def _took(result: Result) -> list[tuple[str, str]]:
+    return [
+        ("computed in", result["compute"]),
+        ("time", duration(result["seconds"])),
+        ("peak memory", size(result["peak_memory"])),
+    ]
 
 
 def perplexity_tables(result: Result) -> list[Frame]:
@@ -249,9 +257,7 @@ def perplexity_tables(result: Result) -> list[Frame]:
     if result.get("recipe"):
         rows.append(("recipe", result["recipe"]))
     rows += [
-        ("computed in", result["compute"]),
-        ("time", duration(result["seconds"])),
-        ("peak memory", size(result["peak_memory"])),
+        *_took(result),
     ]
     return [facts(rows)]
 
@@ -278,9 +284,7 @@ def accuracy_tables(result: Result) -> list[Frame]:
     rows += [
         ("pictures", f"{result['samples']:,} of {result['data']}" + f" ({', '.join(left)})" * bool(left)),
         ("classes", f"{result['classes']:,}, labels {result['labels']}"),
-        ("computed in", result["compute"]),
-        ("time", duration(result["seconds"])),
-        ("peak memory", size(result["peak_memory"])),
+        *_took(result),
     ]
     return [facts(rows)]
 
@@ -305,9 +309,7 @@ def features_tables(result: Result) -> list[Frame]:
         ("dense model", result["against"]),
         ("data", f"{result['data']} (sha256 {result['sha256'][:12]})"),
         ("samples", f"{result['samples']:,} of {result['seqlen']} positions"),
-        ("computed in", result["compute"]),
-        ("time", duration(result["seconds"])),
-        ("peak memory", size(result["peak_memory"])),
+        *_took(result),
     ]
     return [facts(rows)]
 

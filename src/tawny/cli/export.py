@@ -8,9 +8,9 @@ import typer
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import OUTPUT, RECIPE, Model, option, path_named
 from tawny.cli.root import verb
+from tawny.report.frames import Frame, Result, facts
 from tawny.words import duration, size
 
 

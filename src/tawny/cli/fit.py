@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Result, Shown, facts, parts, table
 from tawny.cli.options import RECIPE, Aim, Memory, Model, Out, StartOver, option
 from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
-from tawny.words import duration, kl_text, percent, size
+from tawny.report.frames import Result, Shown, facts, parts
+from tawny.report.view import finalists, fit_facts
+from tawny.words import duration, percent, size
 
 
 @recipe_verb(
@@ -46,30 +47,22 @@ def fit(
 
 def fit_tables(fitted: Result) -> list[Shown]:
     """The finalists, the sums, and what was chosen."""
-    made = table(
-        "finalist", "size", "bits", "KL from dense", "expected", title="nats a token, on held-out text"
-    )
-    for row in sorted(fitted["finalists"], key=lambda row: row["kl"]):
-        kl = kl_text(row["kl"], row["kl_stderr"])
-        made.add(row["name"], size(row["bytes"]), f"{row['bits']:.3f}", kl, f"{row['expected']:.4f}")
-    held_out = fitted["held_out"]
     used, speed = size(fitted["bytes"]), fitted["speed"]
     if fitted["budget"]:
         used += f" of {size(fitted['budget'])} ({percent(fitted['bytes'] / fitted['budget'], 1)})"
     rows = [("size", used)]
     if speed:
         low, high = speed["quartiles"]
-        told = f"{speed['measured']:.1f} tokens a second (quartiles {low:.1f} to {high:.1f}), asked for {speed['asked']:g}"
-        rows += [("speed", told), ("assumed", speed["assumes"])]
+        reached = f"{speed['measured']:.1f} tokens a second (quartiles {low:.1f} to {high:.1f})"
+        rows.append(("speed", f"{reached}, asked for {speed['asked']:g}"))
     rows += [
-        *([("refined", fitted["refined"])] if fitted["refined"] else []),
-        ("zeros", fitted["zeros"]),
-        (
-            "held out",
-            f"{held_out['reactions']} windows of {held_out['tokens']} tokens, {held_out['deciding']} to decide",
-        ),
+        *(row for row in fit_facts(fitted) if row[0] not in ("asked for", "chosen")),
         ("time", f"{duration(fitted['seconds']['total'])}{parts(fitted['seconds'], 'total', duration)}"),
         ("peak memory", size(fitted["peak_memory"])),
         ("written", f"{fitted['out']}; fit.png shows bits and zeros, fit.json all that was measured"),
     ]
-    return [made, facts(rows + [("warning", warning) for warning in fitted["warnings"]]), fitted["says"]]
+    return [
+        finalists(fitted),
+        facts(rows + [("warning", warning) for warning in fitted["warnings"]]),
+        fitted["says"],
+    ]

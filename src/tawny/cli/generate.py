@@ -9,10 +9,10 @@ import typer
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import RECIPE, Model, Threads, option, possible_seed
 from tawny.cli.root import verb
 from tawny.progress import Silent, silent
+from tawny.report.frames import Frame, Result, facts
 from tawny.words import duration, size
 
 

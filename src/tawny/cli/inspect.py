@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import Model
 from tawny.cli.root import verb
+from tawny.report.frames import Frame, Result, facts, table
 from tawny.words import percent, size
 
 

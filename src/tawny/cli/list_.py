@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, table
 from tawny.cli.root import verb
 from tawny.errors import UserError, nearest
+from tawny.report.frames import Frame, Result, table
 
 
 @verb("tawny list", "tawny list solvers", "tawny list allocators --json", name="list", code=False)

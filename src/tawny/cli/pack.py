@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import RECIPE, Model, Out, Overwrite, option, packed_values
 from tawny.cli.root import verb
 from tawny.kinds import KINDS
+from tawny.report.frames import Frame, Result, facts
 from tawny.words import duration, percent, size
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts, parts, table
 from tawny.cli.options import Aim, Memory, Model
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
+from tawny.report.frames import Frame, Result, facts, parts, table
 from tawny.words import duration, percent, size
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import tawny
 from tawny.cli.common import check_file
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import DATA, OUTPUT, RECIPE, Model, option, path_named
 from tawny.cli.recipe_options import Given, recipe_verb
+from tawny.report.frames import Frame, Result, facts, table
 from tawny.words import bar, duration, percent
 
 SPARSITY = 0.7

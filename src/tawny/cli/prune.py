@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, Shown, facts, parts, table
 from tawny.cli.options import OUTPUT, Memory, Model, Out, StartOver, option, packed_values
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.errors import UserError
 from tawny.kinds import KINDS, names_of
 from tawny.process_group import speaks
-from tawny.words import begun, duration, percent, perplexity_text, size
+from tawny.report.frames import Frame, Result, facts, parts
+from tawny.report.view import quality
+from tawny.words import duration, percent, size
 
 if TYPE_CHECKING:
     from tawny.recipe.schema import Recipe
@@ -136,7 +137,7 @@ def _samples(console: Console, model: str, out: Path, text: str) -> list[dict[st
         return text_samples(model, out, prompts_from(first), progress=progress)
 
 
-def record_tables(record: Result) -> list[Shown]:
+def record_tables(record: Result) -> list[Frame]:
     """What `tawny prune` did: the sparsity of every block, the sums, and dense beside pruned if measured."""
     seconds = record["seconds"]
     total = seconds.get("total", sum(seconds.values()))
@@ -164,21 +165,5 @@ def record_tables(record: Result) -> list[Shown]:
     rows += [("warning", warning) for warning in record["warnings"][:5]]
     if len(record["warnings"]) > 5:
         rows.append(("", f"and {len(record['warnings']) - 5} more warnings in run.json"))
-    tables: list[Shown] = [allocation_table(record["linears"]), facts(rows)]
-    if {"dense", "pruned"} <= set(record["evaluation"]):
-        tables.append(comparison_table(record["evaluation"]["dense"], record["evaluation"]["pruned"]))
-    return tables
-
-
-def comparison_table(dense: Result, pruned: Result) -> Frame:
-    """Dense beside pruned; each has the keys of a perplexity, and `sparsity` where it is known."""
-    title = (
-        f"perplexity on {dense['text']}, {dense['windows']} windows of {dense['seqlen']} tokens{begun(dense)}"
-    )
-    made = table("", "dense", "pruned", "change", title=title)
-    ratio = pruned["perplexity"] / dense["perplexity"]
-    made.add("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")
-    zeros = [result.get("sparsity") for result in (dense, pruned)]
-    if any(value is not None for value in zeros):
-        made.add("sparsity", *("–" if value is None else percent(value) for value in zeros), "")
-    return made
+    compared = quality(record["evaluation"])
+    return [allocation_table(record["linears"]), facts(rows), *([compared] if compared else [])]

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import OUTPUT, option
 from tawny.cli.root import verb
+from tawny.report.frames import Frame, Result, facts, table
 from tawny.words import size
 
 

@@ -8,11 +8,12 @@ import typer
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Frame, Result, facts, parts, table
 from tawny.cli.options import RECIPE, Device, Out, RecipeFile, StartOver, option
 from tawny.cli.root import verb
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
+from tawny.report.frames import Frame, Result, facts, parts
+from tawny.report.view import measurements
 from tawny.words import counted, duration, percent, quality_text, size
 
 TRAINING = "Training"
@@ -100,27 +101,14 @@ def _sparsities(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise RecipeError(f"--through {text!r} is no list of sparsities; give such as 0.4,0.55,0.7") from None
+        raise RecipeError(
+            f"--through {text!r} is not a list of sparsities; give one such as 0.4,0.55,0.7"
+        ) from None
 
 
 def recovery_tables(record: Result) -> list[Frame]:
     """What `tawny recover` did: the measurements on the way, and the sums."""
-    settings, text = record["settings"], record["text"]
-    samples, units = counted(text)
-    title = f"on {text['held_out']} held-out {samples} of {text['seqlen']} {units} of {text['name']}"
-    taught = any("kl" in entry for entry in record["measured"])
-    name = quality_text(record["start"])[0]
-    columns = ["step", "time", name, *(["KL", "top-1"] if taught else []), ""]
-    made = table(*columns, title=title, left=(len(columns) - 1,))
-    measured = record["measured"]
-    # A long run measures often; ten rows show its course, and the best and the last are there.
-    every = -(-len(measured) // 10) if len(measured) > 12 else 1
-    always = {entry["step"] for entry in (record["best"], *measured[-1:])}
-    shown = [entry for i, entry in enumerate(measured) if i % every == 0 or entry["step"] in always]
-    for entry in shown:
-        cells = [f"{entry['step']:.0f}", duration(entry["seconds"]), quality_text(entry)[1]]
-        cells += [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []
-        made.add(*cells, "best" if entry["step"] == record["best"]["step"] else "")
+    units, name = counted(record["text"])[1], quality_text(record["start"])[0]
     seconds = record["seconds"]
     measure = "perplexity" if "perplexity" in record["start"] else "loss"
     ratio = record["best"][measure] / record["start"][measure]
@@ -131,7 +119,7 @@ def recovery_tables(record: Result) -> list[Frame]:
         ("zeros", f"{record['zeros_before']:,} before, {record['zeros']:,} after"),
         (
             "trained",
-            f"{record['trained']:,} values ({settings['train']}) on {record['tokens']:,} {units} "
+            f"{record['trained']:,} values ({record['settings']['train']}) on {record['tokens']:,} {units} "
             f"in {record['steps']:,} steps; ended by {record['stopped']}",
         ),
         ("time", f"{duration(seconds['total'])}{parts(seconds, 'total', duration)}"),
@@ -140,7 +128,7 @@ def recovery_tables(record: Result) -> list[Frame]:
     ]
     if record["out"]:
         rows.append(("written", f"{record['out']} ({size(record['bytes'])})"))
-    if skipped := text.get("skipped"):
+    if skipped := record["text"].get("skipped"):
         rows.append(("skipped", f"{len(skipped)} that cannot be read, first {skipped[0]}"))
     rows += [("warning", warning) for warning in record["warnings"]]
-    return [made, facts(rows)]
+    return [measurements(record, most=10), facts(rows)]

@@ -54,7 +54,7 @@ def verb(
     Args:
         code: it opens models, and so has `--trust-remote-code`.
         document: it has a result, and so has `--json`.
-        without: fields of a dataclass that are no options of this verb.
+        without: fields of a dataclass that are not options of this verb.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.frames import Result, Shown, facts, parts, table
 from tawny.cli.options import OUTPUT, RECIPE, Memory, Model, StartOver, option, path_named
 from tawny.cli.recipe_options import Given, recipe_verb
+from tawny.report.frames import Result, Shown, facts, parts, table
 from tawny.words import duration, percent, size
 
 _SHOWN = 5  # of everything that was tried

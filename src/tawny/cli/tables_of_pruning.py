@@ -7,7 +7,8 @@ __all__ = ["allocation_table", "recipe_words"]
 from collections.abc import Sequence
 
 from tawny.calibration.mixture import in_words, parse_texts
-from tawny.cli.frames import Frame, Result, table
+from tawny.report.frames import Frame, Result, table
+from tawny.report.view import by_block, mean_of
 from tawny.words import bar, percent
 
 
@@ -36,21 +37,13 @@ def allocation_table(linears: Sequence[Result]) -> Frame:
     Args:
         linears: with `block`, `shape`, `sparsity`, and maybe `error` and `pattern`.
     """
-    blocks: dict[int, list[Result]] = {}
-    for linear in linears:
-        blocks.setdefault(linear["block"], []).append(linear)
     errors = any("error" in linear for linear in linears)
-    made = table("block", "linears", "sparsity", "", *(["error"] if errors else []), left=(3,))
-    for block, members in sorted(blocks.items()):
-        weights = [linear["shape"][0] * linear["shape"][1] for linear in members]
-        share = _mean([linear["sparsity"] for linear in members], weights)
+    frame = table("block", "linears", "sparsity", "", *["error"] * errors, left=(3,))
+    for block, members in by_block(linears):
+        share = mean_of(members, "sparsity")
         # The pattern is worth its place only where blocks may differ in it.
         patterns = {linear.get("pattern", "") for linear in members}
         pattern = f"  {patterns.pop()}" if len(patterns) == 1 and ":" in next(iter(patterns)) else ""
-        error = [f"{_mean([linear['error'] for linear in members], weights):.4f}"] if errors else []
-        made.add(str(block), str(len(members)), percent(share) + pattern, bar(share), *error)
-    return made
-
-
-def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / max(sum(weights), 1)
+        error = [f"{mean_of(members, 'error'):.4f}"] if errors else []
+        frame.add(str(block), str(len(members)), percent(share) + pattern, bar(share), *error)
+    return frame

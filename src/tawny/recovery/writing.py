@@ -34,7 +34,8 @@ from tawny.recovery.methods import METHODS
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
-from tawny.report.card import CARD, front_matter, model_card, packed_note, recovery_words
+from tawny.report.card import CARD, front_matter, model_card, packed_note
+from tawny.report.view import recovery_words
 from tawny.run.writer import CheckpointWriter
 
 _OUTSIDE = "outside"
@@ -149,7 +150,9 @@ def _body(text: str) -> list[str]:
     if note := packed_note(text):
         text = text.replace(note, "")
     text = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
-    return [line for line in text.splitlines() if line.strip() and not re.match(r"- `.*sha256 `", line)]
+    return [
+        line for line in text.splitlines() if line.strip() and not re.match(r"- .*sha256 [0-9a-f]{64}", line)
+    ]
 
 
 def _section(record: RecoveryRecord) -> str:

@@ -1,19 +1,16 @@
-"""A comparison as lines of text, Markdown and one self-contained HTML page: the same cells in each.
-
-`lines_of` decides what is shown and what is best; cli/compare.py shows it in a terminal, this file for documents.
-"""
+"""A comparison as one frame, and what stands below it: Markdown and one self-contained HTML page are made of them."""
 
 from __future__ import annotations
 
-__all__ = ["Cell", "Line", "lines_of", "to_html", "to_markdown", "write"]
+__all__ = ["caption", "compared", "failures", "to_html", "to_markdown", "write"]
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from tawny.report.frames import Frame, Marked, escaped, markdown
 from tawny.report.pages import render, write_beside
 from tawny.words import SHARES, kl_text, percent, perplexity_text, points_text, score_text, share_text, size
 
@@ -23,31 +20,16 @@ Better = Literal["lower", "higher"]
 Found = tuple[float, str]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What one model shows on one line; `change` is its difference from the first model."""
-
-    text: str
-    change: str = ""
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Line:
-    name: str
-    unit: str
-    cells: tuple[Cell, ...]
-
-
 def _differ(models: Sequence[Mapping[str, Any]]) -> bool:
     """Whether models have other tokenizers, so that none agrees with the next token of another."""
     return any("agreement" in model.get("errors", {}) for model in models)
 
 
-def lines_of(result: Mapping[str, Any]) -> list[Line]:
-    """Every line that at least one model has a number for."""
+def compared(result: Mapping[str, Any]) -> Frame:
+    """A column a model, and every line that at least one of them has a number for; the best of a line is marked."""
     models: Sequence[Mapping[str, Any]] = result["models"]
-    lines = [Line("kind", "", tuple(Cell(str(m.get("kind", _NOTHING))) for m in models))]
+    frame = Frame(("", *(model["name"] for model in models)), wrapped=range(len(models) + 1))
+    frame.add("kind", *(str(model.get("kind", _NOTHING)) for model in models))
 
     def add(
         name: str,
@@ -58,7 +40,7 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
     ) -> None:
         found = [_read(read, model) for model in models]
         if any(found):
-            lines.append(Line(name, unit, _cells(found, better, change)))
+            frame.add(name + (f", {unit}" if unit else ""), *_cells(found, better, change))
 
     add("sparsity", "", lambda m: (m["sparsity"], percent(m["sparsity"])))
     add("files", "", lambda m: (m["file_bytes"], size(m["file_bytes"])), "lower", _times)
@@ -90,7 +72,7 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
     for kind in ("prefill", "decode"):
         add(kind, "tokens/s", partial(_speed, kind=kind), "higher", _times)
     add("a batch", "ms", _latency, "lower", _times)
-    return lines
+    return frame
 
 
 def _read(read: Callable[[Mapping[str, Any]], Found | None], model: Mapping[str, Any]) -> Found | None:
@@ -103,7 +85,7 @@ def _read(read: Callable[[Mapping[str, Any]], Found | None], model: Mapping[str,
 
 def _cells(
     found: Sequence[Found | None], better: Better | None, change: Callable[[float, float], str] | None
-) -> tuple[Cell, ...]:
+) -> list[Marked]:
     values = [value[0] for value in found if value is not None]
     best = None
     if better is not None and len(set(values)) > 1:
@@ -112,11 +94,11 @@ def _cells(
     cells = []
     for index, value in enumerate(found):
         if value is None:
-            cells.append(Cell(_NOTHING))
+            cells.append(Marked(_NOTHING))
             continue
         difference = change(value[0], reference[0]) if change and index and reference else ""
-        cells.append(Cell(value[1], difference, value[0] == best))
-    return tuple(cells)
+        cells.append(Marked(value[1], difference, value[0] == best))
+    return cells
 
 
 def _times(value: float, reference: float) -> str:
@@ -233,35 +215,21 @@ def failures(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """One table, what was asked below it, and what is missing."""
-    names = [model["name"] for model in result["models"]]
-    rows = ["| | " + " | ".join(map(_escaped, names)) + " |", "|---|" + "---:|" * len(names)]
-    for line in lines_of(result):
-        name = line.name + (f", {line.unit}" if line.unit else "")
-        cells = [
-            (f"**{_escaped(cell.text)}**" if cell.best else _escaped(cell.text))
-            + (f" ({cell.change})" if cell.change else "")
-            for cell in line.cells
-        ]
-        rows.append(f"| {_escaped(name)} | " + " | ".join(cells) + " |")
-    parts = ["\n".join(rows), "\n".join(f"{_escaped(sentence)}  " for sentence in caption(result)).rstrip()]
+    sentences = "\n".join(f"{escaped(sentence)}  " for sentence in caption(result)).rstrip()
+    parts = [markdown(compared(result)), sentences]
     if missing := failures(result):
-        parts.append("\n".join(f"- {_escaped(m)}: no {part}: {_escaped(why)}" for m, part, why in missing))
+        parts.append("\n".join(f"- {escaped(m)}: no {part}: {escaped(why)}" for m, part, why in missing))
     return "\n\n".join(parts) + "\n"
-
-
-def _escaped(text: str) -> str:
-    for sign in "\\`*_<>[]|":
-        text = text.replace(sign, "\\" + sign)
-    return " ".join(text.split())
 
 
 def to_html(result: Mapping[str, Any]) -> str:
     """A page that loads nothing; whatever came from outside is escaped by the template engine."""
     return render(
         "compare.html.j2",
-        models=result["models"],
-        lines=lines_of(result),
+        title=", ".join(model["name"] for model in result["models"]),
+        comparison=compared(result),
         caption=caption(result),
+        sources=[(model["name"], model["source"]) for model in result["models"]],
         failures=failures(result),
     )
 

@@ -26,27 +26,27 @@ from markupsafe import Markup
 from tawny.kinds import KINDS, kind_of, range_of
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
-from tawny.report.card import ENDS, afterwards, judged_on, opening, recovery_words, rounded_since
+from tawny.report.card import opening
 from tawny.report.figures import WIDTHS, DepthRow, depth_figure
-from tawny.report.form import Form, choice_of_blocks, form_of, samples_shown, whole_kind
+from tawny.report.form import Form, form_of, samples_shown
 from tawny.report.pages import render, write_beside
+from tawny.report.view import (
+    ENDS,
+    by_block,
+    finalists,
+    fit_facts,
+    mean_of,
+    measured_on,
+    phases,
+    quality,
+    recovery_words,
+    rounded_since,
+    summary,
+    trace,
+)
 from tawny.words import begun, duration, kl_text, percent, perplexity_text, size, unique_ends
 
 NAME = "report.html"
-_PHASES = {
-    "text": "reading and tokenising the text",
-    "profile": "profiling the dense model",
-    "read": "reading blocks",
-    "observe": "forwards that gather statistics",
-    "forward": "forwards to the next block",
-    "solve": "solving",
-    "refine": "refining blocks",
-    "search": "searching an allocation",
-    "error": "measuring errors",
-    "outliers": "counting outliers",
-    "write": "writing",
-    "hash": "hashing what was written",
-}
 
 
 def write_report(record: Mapping[str, Any], folder: str | Path) -> Path:
@@ -61,14 +61,15 @@ def render_report(record: Mapping[str, Any]) -> str:
 
 def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the template shows, as text and numbers ready to be shown."""
-    form = form_of(record)
+    form, fit = form_of(record), record.get("fit") or {}
+    recovery = [record["recovery"]] if record.get("recovery") else []
     linears = [
         {**x, "bits": kind_of(form.kinds[x["name"]]).bits}
         for x in record["linears"]
         if x["name"] in form.kinds
     ]
     M = record.get("outlier_M") or 5.0
-    blocks = _blocks(record, M)
+    blocks, comparison = _blocks(record, M), quality(record["evaluation"])
     heat = [_heat(linears, "bits", "Bits of a survivor", _linear_scale, "{:.3g}".format)] * (
         len(set(form.kinds.values())) > 1
     )
@@ -76,9 +77,11 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     heat.append(_heat(record["linears"], "error", error_title(record["linears"]), _log_scale))
     return {
         "title": f"{_name(record)}, {form.title}",
-        "summary": _summary(record, form),
-        "tiles": _tiles(record, form),
-        "warnings": [*record["warnings"], *(record.get("fit") or {}).get("warnings", [])],
+        "summary": " ".join(
+            [summary(record, form, recovered=bool(recovery)), *map(recovery_words, recovery)]
+        ),
+        "numbers": _tiles(record, form),
+        "warnings": [*record["warnings"], *fit.get("warnings", [])],
         "asked": _asked(record, form),
         "M": f"{M:g}",
         "blocks": blocks,
@@ -89,17 +92,23 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         },
         "heat": heat,
         "error_kind": _error_kind(record["linears"]),
-        "fit": _fit(record.get("fit") or {}),
+        "fit": fit
+        and {
+            "aim": "speed" if fit["speed"] else "size",
+            "facts": fit_facts(fit),
+            "finalists": finalists(fit),
+        },
         "made": "pruned" if form.pruned else "result",
-        "comparison": _comparison(record),
+        "comparison": comparison,
+        "note": comparison and measured_on(record),
         "generated": record.get("generated", []),
-        "phases": _phases(record["seconds"]),
-        "cost": "To solve what was chosen" if record.get("fit") else "Time and memory",
+        "spent": phases(record["seconds"]),
+        "cost": "To solve what was chosen" if fit else "Time and memory",
         "memory": _memory(record),
         "load": opening(record, repr(str(record["out"] or "DIR"))),
         "command": _command(record),
         "recipe_yaml": dump_yaml(record["recipe"]).strip(),
-        "trace": _trace(record),
+        "trace": trace(record),
     }
 
 
@@ -108,25 +117,6 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _name(record: Mapping[str, Any]) -> str:
     return str(record["source"]).rstrip("/").split("/")[-1] or "model"
-
-
-def _summary(record: Mapping[str, Any], form: Form) -> str:
-    recipe, blocks = record["recipe"], len({linear["block"] for linear in record["linears"]})
-    grid = f" on the grid of {range_of(form.kinds.values())}" if form.kinds else ""
-    if whole_kind(record) == "blocks":
-        text = f"{record['zeros']:,} of {record['prunable']:,} prunable weights were removed. {choice_of_blocks(record)}."
-    elif form.pruned:
-        text = (
-            f"{record['zeros']:,} of {record['prunable']:,} prunable weights were removed. "
-            f"{recipe['allocator']['name']} shared the budget among {blocks} blocks, "
-            f"{recipe['solver']['name']} chose the weights{' and solved the others' if grid else ''}{grid}"
-        )
-        text += f", pattern {recipe['pattern']}." if ":" in str(recipe["pattern"]) else "."
-    else:
-        text = f"{recipe['solver']['name']} solved {record['prunable']:,} weights of {blocks} blocks{grid}. None was removed."
-    if then := afterwards(record):
-        text += f" The survivors were {then}."
-    return f"{text} {recovery_words(record['recovery'])}" if record.get("recovery") else text
 
 
 def _tiles(record: Mapping[str, Any], form: Form) -> list[tuple[str, str, str]]:
@@ -198,23 +188,6 @@ def _values(recipe: Mapping[str, Any], form: Form) -> str:
     return ", ".join([range_of(form.kinds.values()), *ends])
 
 
-def _fit(fit: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `tawny fit` compared and chose."""
-    if not fit:
-        return None
-    facts = [("chosen", fit["says"]), ("zeros", fit["zeros"])]
-    if fit.get("budget") and not fit["speed"]:
-        facts.insert(0, ("asked for", size(fit["budget"])))
-    facts += [("judged on", judged)] if (judged := judged_on(fit)) else []
-    facts += [("refined", fit["refined"])] if fit["refined"] else []
-    facts += [("assumed", fit["speed"]["assumes"])] if fit["speed"] else []
-    rows = [
-        (row["name"], size(row["bytes"]), f"{row['bits']:.3f}", kl_text(row["kl"], row["kl_stderr"]))
-        for row in fit["finalists"]
-    ]
-    return {"aim": "speed" if fit["speed"] else "size", "facts": facts, "rows": rows}
-
-
 def _choice(choice: Mapping[str, Any]) -> str:
     options = ", ".join(
         f"{k} = {v}" for k, v in choice.items() if k != "name" and v not in (None, False, [], {})
@@ -227,11 +200,6 @@ def _choice(choice: Mapping[str, Any]) -> str:
 
 def _numel(linear: Mapping[str, Any]) -> int:
     return int(linear["shape"][0]) * int(linear["shape"][1])
-
-
-def _mean(linears: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Weighted by parameters."""
-    return float(sum(x[key] * _numel(x) for x in linears)) / max(1, sum(map(_numel, linears)))
 
 
 def _by(
@@ -247,11 +215,11 @@ def _blocks(record: Mapping[str, Any], M: float) -> list[DepthRow]:
     """One row a block, with numbers for the picture and words for the table."""
     profiled = (record.get("profile") or {}).get("blocks", [])
     rows = []
-    for block, members in sorted(_by(record["linears"], lambda x: x["block"]).items()):
+    for block, members in by_block(record["linears"]):
         before, after = (_share(members, f"outliers_{when}") for when in ("before", "after"))
         if before is None and block < len(profiled):
             before = profiled[block].get("outlier_share", {}).get(f"{M:g}")
-        sparsity, error = _mean(members, "sparsity"), _mean(members, "error")
+        sparsity, error = mean_of(members, "sparsity"), mean_of(members, "error")
         texts = {
             "before": _share_text(before),
             "after": _share_text(after),
@@ -305,7 +273,7 @@ def _heat(
     """A table of blocks by linears; `level` is how dark a cell is, 0 to 100."""
     roles = list(_by(linears, _role))
     cells = {
-        place: _mean(members, key)
+        place: mean_of(members, key)
         for place, members in _by(linears, lambda x: (x["block"], _role(x))).items()
     }
     level = scale([value for value in cells.values() if math.isfinite(value)])
@@ -363,37 +331,6 @@ def error_title(linears: Sequence[Mapping[str, Any]]) -> str:
 # --- numbers ---------------------------------------------------------------------------------------------
 
 
-def _comparison(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    measured = record["evaluation"]
-    if not {"dense", "pruned"} <= set(measured):
-        return None
-    dense, pruned = measured["dense"], measured["pruned"]
-    ratio = pruned["perplexity"] / dense["perplexity"]
-    rows = [("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")]
-    if dense.get("bits_per_byte") and pruned.get("bits_per_byte"):
-        a, b = dense["bits_per_byte"], pruned["bits_per_byte"]
-        rows.append(("bits per byte", f"{a:.4f}", f"{b:.4f}", f"+{b - a:.4f}" if b >= a else f"−{a - b:.4f}"))
-    note = (
-        f"{dense['windows']} windows of {dense['seqlen']} tokens of {dense['text']} "
-        f"(sha256 {dense['text_sha256'][:12]}){begun(dense)}, computed in {dense['compute']}; ± is the standard error over windows."
-    )
-    return {"rows": rows, "note": note + rounded_since(record)}
-
-
-def _phases(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
-    total = seconds.get("total", sum(seconds.values()))
-    parts = {name: spent for name, spent in seconds.items() if name != "total"}
-    rest = total - sum(parts.values())
-    rows = sorted(parts.items(), key=lambda part: -part[1])
-    if rest > 0.005 * total:
-        rows.append(("everything else", rest))
-    shares = [round(100 * spent / total, 1) if total > 0 else 0.0 for _, spent in rows]
-    return [
-        {"name": _PHASES.get(name, name), "time": duration(spent), "share": share}
-        for (name, spent), share in zip(rows, shares, strict=True)
-    ]
-
-
 def _memory(record: Mapping[str, Any]) -> str:
     there = record["machine"].get("memory", 0)
     peak, before = size(record["peak_memory"]), size(record["memory_before"])
@@ -439,27 +376,3 @@ def _command(record: Mapping[str, Any]) -> str:
     kinds = "".join(f" --{key} {value}" for key, value in given.items())
     plain = "".join(f" -o {end}=null" for end in ENDS if asked.get(end))
     return f"tawny prune {source} --out {begun}{how}{plain}\ntawny pack {begun} --out {again}{kinds}"
-
-
-def _trace(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    from tawny.recipe.schema import fingerprint_of
-
-    machine, text = record["machine"], record["text"]
-    rows = [
-        ("recipe", f"sha256 {fingerprint_of(record['recipe'])}"),
-        ("made with", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
-        (
-            "machine",
-            f"{machine.get('cpu', 'unknown')}, {machine.get('cores', '?')} cores, {machine.get('threads', '?')} "
-            f"threads, {machine.get('system', '')}",
-        ),
-    ]
-    if text.get("sha256"):
-        parts = [(f"{percent(one['share'], 0)} of it", one) for one in text.get("sources", ())]
-        for place, (key, one) in enumerate([("calibration text", text), *parts], start=1):
-            rows.insert(place, (key, f"{one['name']}, sha256 {one['sha256']}"))
-    if record.get("date"):
-        rows.append(("date", record["date"]))
-    for name, file in record.get("files", {}).items():
-        rows.append((name, f"{size(file['bytes'])}, sha256 {file['sha256']}"))
-    return rows

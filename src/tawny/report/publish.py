@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tawny.record import Record
-from tawny.report.card import CARD, front_matter, model_card, packed_note, recovered_since
+from tawny.report.card import CARD, front_matter, model_card, packed_note
 from tawny.report.html import write_report
 from tawny.report.pages import write_beside
 from tawny.report.recovery import write_recovery
+from tawny.report.view import recovered_since
 
 
 def publish(record: Record, folder: str | Path) -> Path:

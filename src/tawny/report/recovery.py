@@ -18,16 +18,10 @@ from markupsafe import Markup
 from tawny.report.figures import PALETTE, WIDTHS, draw_panels, log_scale, to_page
 from tawny.report.html import NAME
 from tawny.report.pages import render, write_beside
+from tawny.report.view import made_with, measurements, phases, recovery_words
 from tawny.words import counted, duration, percent, quality_text, size
 
 _DOTS = 400  # points a curve keeps: more than the picture has room for
-_PHASES = {
-    "teacher": "forwards of the dense model",
-    "train": "training steps",
-    "measure": "measuring on held-out windows",
-    "save": "saving the state",
-    "write": "writing",
-}
 
 
 def write_recovery(record: Mapping[str, Any], folder: str | Path, warning: str = "") -> Path:
@@ -41,16 +35,14 @@ def render_recovery(record: Mapping[str, Any], warning: str = "") -> str:
     return render(
         "recovery.html.j2",
         title=f"{Path(record['source']).name or 'model'}, recovered",
-        summary=_summary(record),
-        tiles=_tiles(record),
+        summary=recovery_words(record, "Trained behind its mask"),
+        numbers=_tiles(record),
         warnings=[*record["warnings"], *([warning] if warning else [])],
         figures={name: curve_figure(record, width=width, prefix=name) for name, width in WIDTHS.items()},
-        judged="kl" in record["start"],
-        measure=quality_text(record["start"])[0],
-        shown=counted(record["text"]),
-        rows=[_row(record, entry) for entry in record["measured"]],
+        samples=counted(record["text"])[0],
+        measured=measurements(record),
         asked=_asked(record),
-        phases=_phases(record["seconds"]),
+        spent=phases(record["seconds"]),
     )
 
 
@@ -66,22 +58,6 @@ def known(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokens_at(record: Mapping[str, Any], step: float) -> int:
     return int(step * record["settings"]["batch"] * record["settings"]["seqlen"])
-
-
-def _summary(record: Mapping[str, Any]) -> str:
-    kept = f"All {record['zeros']:,} zeros are still there"
-    if record["zeros"] != record["zeros_before"]:
-        kept = f"{record['zeros']:,} weights are zero, {record['zeros_before']:,} were before"
-    behind = f" against {record['teacher']}" if record["teacher"] else ""
-    text = record["text"]["name"]
-    of = f" of {text}" if text != "tokens" else ""
-    steps = len(record.get("stages") or ())
-    whole = (
-        f" That is of {steps} steps of pruning and training in all; the measurements and the curve are of the last."
-        if steps > 1
-        else ""
-    )
-    return f"Trained behind its mask{behind} on {record['tokens']:,} {counted(record['text'])[1]}{of}.{whole} {kept}."
 
 
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -101,34 +77,15 @@ def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _row(record: Mapping[str, Any], entry: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "step": f"{entry['step']:.0f}",
-        "tokens": f"{_tokens_at(record, entry['step']):,}",
-        "time": duration(entry["seconds"]),
-        "perplexity": quality_text(entry)[1],
-        "kl": f"{entry['kl']:.4f}" if "kl" in entry else "",
-        "top1": percent(entry["top1"], 1) if "top1" in entry else "",
-        "best": entry["step"] == record["best"]["step"],
-    }
-
-
 def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    settings, machine = record["settings"], record["machine"]
+    settings = record["settings"]
     rows = [("pruned model", record["source"])]
     if record["teacher"]:
         rows.append(("dense model", str(record["teacher"])))
     shown = {key: value for key, value in settings.items() if value not in (None, "", False)}
     rows += [(key, f"{value:g}" if isinstance(value, float) else str(value)) for key, value in shown.items()]
     rows.append(("ended because of", record["stopped"]))
-    rows.append(("made with", ", ".join(f"{name} {version}" for name, version in record["versions"].items())))
-    rows.append(("machine", f"{machine.get('cpu', 'unknown')}, {machine.get('threads', '?')} threads"))
-    return rows
-
-
-def _phases(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
-    parts = sorted(((k, v) for k, v in seconds.items() if k != "total"), key=lambda part: -part[1])
-    return [(_PHASES.get(name, name), duration(spent)) for name, spent in parts]
+    return rows + made_with(record)
 
 
 def curve_figure(record: Mapping[str, Any], *, width: int, prefix: str) -> Markup:
