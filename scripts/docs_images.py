@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tawny.report.html import depth_of
-from tawny.report.plot import plot_allocations, plot_fit, plot_frontier, plot_outliers
+from tawny.report.plot import figure_of, legend_under, plot_allocations, plot_fit, save, style_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -54,6 +55,64 @@ def picture(record: dict[str, Any]) -> str:
 
 def _result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def plot_frontier(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    path: Path,
+    *,
+    text: str,
+    title: str,
+    notes: Mapping[str, Sequence[str]] | None = None,
+    apart: Collection[str] = (),
+) -> None:
+    """Draw divergence from the dense model against size.
+
+    Args:
+        lines: by name, points of megabytes, nats a token and their standard error, smallest first.
+        text: what they were measured on.
+        notes: by name of a line, what stands beside each of its points; the first line's stand below it, others' above.
+        apart: names whose points are of no one kind, and so are joined by no line.
+    """
+    figure = figure_of(8.0, 5.0)
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(lines.items()):
+        sizes, values, errors = zip(*points, strict=True)
+        style = style_of(number) | ({"linestyle": "none"} if name in apart else {})
+        axes.errorbar(sizes, values, yerr=errors, label=name, capsize=2, **style)
+        away, align = ((-7, -7), ("right", "top")) if number == 0 else ((7, 5), ("left", "bottom"))
+        for x, y, note in zip(sizes, values, (notes or {}).get(name, ()), strict=False):
+            where = {"xytext": away, "textcoords": "offset points", "ha": align[0], "va": align[1]}
+            axes.annotate(note, (x, y), fontsize=9, color=style["color"], **where)
+    axes.set_yscale("log")
+    axes.margins(x=0.22 if notes else None, y=0.1 if notes else None)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("size of the files, MB")
+    axes.set_ylabel("KL from the dense model, nats a token")
+    axes.set_title(f"{title}, on {text}", fontsize=11, parse_math=False)
+    axes.grid(alpha=0.3)
+    legend_under(axes, len(lines))
+    save(figure, path)
+
+
+def plot_outliers(shares: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the outlier shares of the blocks of several models, from the first block to the last.
+
+    Args:
+        shares: by the name of a model, one share in % a block.
+    """
+    figure = figure_of(8.0, 4.6)
+    axes = figure.subplots()
+    for number, (name, values) in enumerate(shares.items()):
+        depth = [100 * (block + 0.5) / len(values) for block in range(len(values))]
+        axes.plot(depth, values, label=f"{name}, {len(values)} blocks", **style_of(number))
+    axes.set_xlim(0, 100)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("depth, % of the blocks")
+    axes.set_ylabel("outliers, % of the block's weights")
+    axes.grid(alpha=0.3)
+    legend_under(axes, len(shares))
+    save(figure, path)
 
 
 def draw_allocations(path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 
-from tawny.report.plot import plot_allocations, plot_fit, plot_frontier, plot_outliers, plot_profile
+from tawny.report.plot import plot_allocations, plot_fit, plot_profile
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "docs_images.py"
 
 ALLOCATIONS = {"uniform": [0.7] * 4, "owl": [0.6, 0.7, 0.7, 0.8], "dlp": [0.5, 0.7, 0.8, 0.8]}
 REPORT = {
@@ -45,19 +50,24 @@ def test_a_profile_without_outliers_somewhere_is_drawn(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
-def test_models_of_different_depth_share_one_axis(tmp_path):
-    plot_outliers({"two $x^$": [1.0, 2.0], "four": [0.5, 0.4, 0.3, 0.2]}, tmp_path / "o.svg")
+@pytest.fixture(scope="module")
+def images():
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_models_of_different_depth_share_one_axis(images, tmp_path):
+    images["plot_outliers"]({"two $x^$": [1.0, 2.0], "four": [0.5, 0.4, 0.3, 0.2]}, tmp_path / "o.svg")
     drawn = (tmp_path / "o.svg").read_text(encoding="utf-8")
     assert "two $x^$, 2 blocks" in drawn and "four, 4 blocks" in drawn
 
 
-def test_notes_stand_beside_the_points_of_a_frontier(tmp_path):
+def test_notes_stand_beside_the_points_of_a_frontier(images, tmp_path):
     lines = {"ours $x^$": [(700.0, 0.1, 0.01), (900.0, 0.04, 0.01)], "theirs": [(750.0, 0.4, 0.02)]}
     notes = {"ours $x^$": ["smaller", "larger"], "theirs": ["other"]}
-    plot_frontier(lines, tmp_path / "n.svg", text="wiki", title="m", notes=notes)
+    images["plot_frontier"](lines, tmp_path / "n.svg", text="wiki", title="m", notes=notes)
     drawn = (tmp_path / "n.svg").read_text(encoding="utf-8")
     assert all(f"<!-- {word} -->" in drawn for word in ("smaller", "larger", "other", "0.1", "ours $x^$"))
-    plot_frontier(lines, tmp_path / "p.svg", text="wiki", title="m", apart=list(lines))
+    images["plot_frontier"](lines, tmp_path / "p.svg", text="wiki", title="m", apart=list(lines))
     assert "smaller" not in (tmp_path / "p.svg").read_text(encoding="utf-8")
 
 

@@ -2,14 +2,22 @@
 
 `plot_allocations` is the paper's Figure 1 (2310.05175) for any set of allocators: outlier shares as bars, sparsities
 as lines over them. Both are drawn to .png or .svg, and the same numbers give the same bytes. Names that come from outside
-are drawn as they are: two dollar signs in a path are no formula.
+are drawn as they are: two dollar signs in a path are not a formula.
 """
 
 from __future__ import annotations
 
-__all__ = ["plot_allocations", "plot_fit", "plot_frontier", "plot_outliers", "plot_profile"]
+__all__ = [
+    "figure_of",
+    "legend_under",
+    "plot_allocations",
+    "plot_fit",
+    "plot_profile",
+    "save",
+    "style_of",
+]
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +49,11 @@ def plot_allocations(
         outliers: share of outliers of every block in %, drawn as bars; none if empty.
         M: what multiple of the mean an outlier is above.
     """
-    figure = _figure(9.0, 5.2)
+    figure = figure_of(9.0, 5.2)
     _draw_allocations(figure.subplots(), allocations, sparsity, outliers, M)
     if title:
         figure.suptitle(title, fontsize=13, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_profile(report: Mapping[str, Any], path: Path) -> None:
@@ -54,10 +62,10 @@ def plot_profile(report: Mapping[str, Any], path: Path) -> None:
     Left, outlier shares of every block for each M, on a logarithmic axis because they differ by orders of magnitude;
     right, the sparsities that allocators give the blocks, over the shares for one M.
     """
-    figure = _figure(14.0, 5.2)
+    figure = figure_of(14.0, 5.2)
     outliers, sparsities = figure.subplots(1, 2)
     for number, (M, shares) in enumerate(report["shares"].items()):
-        outliers.plot(range(len(shares)), shares, label=f"M = {M}", **_style(number))
+        outliers.plot(range(len(shares)), shares, label=f"M = {M}", **style_of(number))
     if all(share > 0 for shares in report["shares"].values() for share in shares):
         outliers.set_yscale("log")
     outliers.set_title("Scores |W|·‖X‖ above M × the block's mean", fontsize=11)
@@ -65,11 +73,11 @@ def plot_profile(report: Mapping[str, Any], path: Path) -> None:
     outliers.xaxis.get_major_locator().set_params(integer=True)
     outliers.set_ylabel("outliers, % of weights")
     outliers.grid(alpha=0.3)
-    _legend(outliers, len(report["shares"]))
+    legend_under(outliers, len(report["shares"]))
     drawn = "5" if "5" in report["shares"] else next(iter(report["shares"]))
     _draw_allocations(sparsities, report["allocations"], report["sparsity"], report["shares"][drawn], drawn)
     figure.suptitle(str(report["source"]), fontsize=13, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
@@ -81,7 +89,7 @@ def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
     roles = fitted["roles"]
     blocks = max(len(row["bits"]) for row in roles.values())
     # Half of the width is for the blocks, and a cell has room for "−50%".
-    figure = _figure(max(14.0, 2.4 + 0.56 * blocks), max(5.2, 1.2 + 0.24 * len(roles)))
+    figure = figure_of(max(14.0, 2.4 + 0.56 * blocks), max(5.2, 1.2 + 0.24 * len(roles)))
     depth, frontier = figure.subplots(1, 2)
     _draw_bits(depth, roles)
     depth.set_title(f"Bits of each linear: {fitted['winner']}", fontsize=11, parse_math=False)
@@ -89,7 +97,7 @@ def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
     megabytes = [size / 1e6 for size in sizes]
     frontier.plot(megabytes, expected, color="#5F6872", linewidth=1.2, linestyle="--", label="expected")
     for number, row in enumerate(fitted["finalists"]):
-        style = {**_style(number), "linestyle": "none", "markersize": 7}
+        style = {**style_of(number), "linestyle": "none", "markersize": 7}
         frontier.errorbar(row["bytes"] / 1e6, row["kl"], yerr=row["kl_stderr"], label=row["name"], **style)
     if fitted["budget"] is not None:
         frontier.axvline(fitted["budget"] / 1e6, color="black", linewidth=0.8, label="asked for")
@@ -97,9 +105,9 @@ def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
     frontier.set_xlabel("size of the files, MB")
     frontier.set_ylabel("KL from the dense model, nats a token")
     frontier.grid(alpha=0.3)
-    _legend(frontier, 1)
+    legend_under(frontier, 1)
     figure.suptitle(str(fitted["source"]), fontsize=13, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_bits(axes: Any, roles: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
@@ -122,64 +130,6 @@ def _draw_bits(axes: Any, roles: Mapping[str, Mapping[str, Sequence[float | None
     axes.figure.colorbar(drawn, ax=axes, label="bits of a survivor", extend="max", shrink=0.8)
 
 
-def plot_frontier(
-    lines: Mapping[str, Sequence[tuple[float, float, float]]],
-    path: Path,
-    *,
-    text: str,
-    title: str,
-    notes: Mapping[str, Sequence[str]] | None = None,
-    apart: Collection[str] = (),
-) -> None:
-    """Draw divergence from the dense model against size.
-
-    Args:
-        lines: by name, points of megabytes, nats a token and their standard error, smallest first.
-        text: what they were measured on.
-        notes: by name of a line, what stands beside each of its points; the first line's stand below it, others' above.
-        apart: names whose points are of no one kind, and so are joined by no line.
-    """
-    figure = _figure(8.0, 5.0)
-    axes = figure.subplots()
-    for number, (name, points) in enumerate(lines.items()):
-        sizes, values, errors = zip(*points, strict=True)
-        style = _style(number) | ({"linestyle": "none"} if name in apart else {})
-        axes.errorbar(sizes, values, yerr=errors, label=name, capsize=2, **style)
-        away, align = ((-7, -7), ("right", "top")) if number == 0 else ((7, 5), ("left", "bottom"))
-        for x, y, note in zip(sizes, values, (notes or {}).get(name, ()), strict=False):
-            where = {"xytext": away, "textcoords": "offset points", "ha": align[0], "va": align[1]}
-            axes.annotate(note, (x, y), fontsize=9, color=style["color"], **where)
-    axes.set_yscale("log")
-    axes.margins(x=0.22 if notes else None, y=0.1 if notes else None)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("size of the files, MB")
-    axes.set_ylabel("KL from the dense model, nats a token")
-    axes.set_title(f"{title}, on {text}", fontsize=11, parse_math=False)
-    axes.grid(alpha=0.3)
-    _legend(axes, len(lines))
-    _save(figure, path)
-
-
-def plot_outliers(shares: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw the outlier shares of the blocks of several models, from the first block to the last.
-
-    Args:
-        shares: by the name of a model, one share in % a block.
-    """
-    figure = _figure(8.0, 4.6)
-    axes = figure.subplots()
-    for number, (name, values) in enumerate(shares.items()):
-        depth = [100 * (block + 0.5) / len(values) for block in range(len(values))]
-        axes.plot(depth, values, label=f"{name}, {len(values)} blocks", **_style(number))
-    axes.set_xlim(0, 100)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("depth, % of the blocks")
-    axes.set_ylabel("outliers, % of the block's weights")
-    axes.grid(alpha=0.3)
-    _legend(axes, len(shares))
-    _save(figure, path)
-
-
 def _draw_allocations(
     axes: Any,
     allocations: Mapping[str, Sequence[float]],
@@ -196,7 +146,7 @@ def _draw_allocations(
     others = {name: ratios for name, ratios in allocations.items() if name != "uniform"}
     for number, (name, ratios) in enumerate(others.items()):
         percents = [100 * ratio for ratio in ratios]
-        axes.plot(range(len(ratios)), percents, label=name, zorder=4, **_style(number))
+        axes.plot(range(len(ratios)), percents, label=name, zorder=4, **style_of(number))
     axes.set_xlim(-0.7, blocks - 0.3)
     axes.grid(axis="y", alpha=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -211,10 +161,11 @@ def _draw_allocations(
         axes.set_zorder(bars.get_zorder() + 1)
         axes.patch.set_visible(False)
         bars.set_ylim(0, 1.15 * max(*outliers, 1e-12))
-    _legend(axes, len(others) + 1)
+    legend_under(axes, len(others) + 1)
 
 
-def _style(number: int) -> dict[str, Any]:
+def style_of(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a line by its number."""
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -224,7 +175,7 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _legend(axes: Any, entries: int) -> None:
+def legend_under(axes: Any, entries: int) -> None:
     """Under the axes, where it hides no data."""
     legend = axes.legend(
         fontsize=9, ncols=min(entries, 5), loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False
@@ -233,7 +184,7 @@ def _legend(axes: Any, entries: int) -> None:
         text.set_parse_math(False)
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -243,7 +194,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     import matplotlib
 
     # An SVG names its parts at random and dates itself unless told not to.
