@@ -107,11 +107,11 @@ def test_a_broken_picture_is_named_and_skipped_or_with_strict_refused(seen, tmp_
     [
         (
             "00.png,0\n01.png,LABEL_9",
-            r"line 2: 'LABEL_9' is none of the model's 7 classes .*a number from 0 to 6",
+            r"line 2: 'LABEL_9' is not one of the model's 7 classes .*a number from 0 to 6",
         ),
-        ("00.png,0\n01.png,7", r"line 2: '7' is none of the model's 7 classes"),
-        ("00.png,0\n99.png,1", r"line 2: '99.png' is no picture in .*pictures .*: give names relative"),
-        ("99.png,1", r"line 1: '99.png' is no picture"),
+        ("00.png,0\n01.png,7", r"line 2: '7' is not one of the model's 7 classes"),
+        ("00.png,0\n99.png,1", r"line 2: '99.png' is not a picture in .*pictures .*: give names relative"),
+        ("99.png,1", r"line 1: '99.png' is not a picture"),
         ("00.png,0\n00.png,1", r"line 2: '00.png' stands in line 1 already"),
         ("00.png 0", "line 1: '00.png 0' is not FILE,CLASS"),
         ("file,class", "name no picture"),
@@ -171,7 +171,7 @@ def test_the_command_line_shows_accuracy_beside_features(run, seen):
         ((seen.root / "reads", "--labels", seen.table), "--labels can be said of pictures only"),
         ((seen.root / "reads", "--strict"), "--strict can be said of pictures only"),
         ((seen.dense, "--labels", seen.table), "and sample was given: give one images:DIR"),
-        ((seen.dense, *pictures, "--labels", seen.table, "--seqlen", 64), "so --seqlen says nothing of it"),
+        ((seen.dense, *pictures, "--labels", seen.table, "--seqlen", 64), "so --seqlen does not apply to it"),
         ((seen.dense, *pictures, "--labels", "none.csv"), "'none.csv': no such table"),
     ):
         code, out, err = run("eval", *arguments)

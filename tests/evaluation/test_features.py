@@ -121,9 +121,9 @@ def test_a_comparison_measures_features_on_windows_as_long_as_asked_for(seqlen, 
     [
         ("encoder", ("bench", "--tokens", 3), "is an encoder and decodes nothing: leave --tokens out"),
         ("language", ("bench", "--batch", 2), "is measured with one text at a time: --batch is for encoders"),
-        ("encoder", ("eval", "--stride", 4), "predicts no next token, so --stride says nothing of it"),
-        ("encoder", ("eval", "--bos"), "predicts no next token, so --bos and --no-bos say nothing of it"),
-        ("encoder", ("compare", "--bos"), "predicts no next token, so bos says nothing of it"),
+        ("encoder", ("eval", "--stride", 4), "predicts no next token, so --stride does not apply to it"),
+        ("encoder", ("eval", "--bos"), "predicts no next token, so --bos and --no-bos do not apply to it"),
+        ("encoder", ("compare", "--bos"), "predicts no next token, so bos does not apply to it"),
     ],
 )
 def test_options_that_say_nothing_of_a_model_are_refused(run, tmp_path, kind, arguments, reason):

@@ -157,7 +157,7 @@ def test_weights_that_nobody_could_open_are_refused(out, hub, tmp_path, monkeypa
 def test_an_unfinished_run_and_no_folder_are_refused(out, tmp_path):
     with pytest.raises(CheckpointError, match="unfinished"):
         push(out.rename(tmp_path / "out.partial"), "someone/model")
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         push(tmp_path / "nowhere", "someone/model")
 
 

@@ -47,7 +47,7 @@ def console_for(as_json: bool) -> Iterator[Console]:
         if error.errno == errno.ENOSPC and not error.filename:
             try:
                 sys.stdout.flush()
-            except OSError:  # the disk behind it is the full one
+            except OSError:  # its own disk is the full one
                 _let_go()
         fail(console, f"{error.strerror or error}{where}", 1)
     except Exception as error:

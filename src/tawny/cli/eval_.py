@@ -221,12 +221,12 @@ def _shows_pictures(
 def _check_encoder(model: str, stride: int | None, bos: bool | None, tokens: int | None) -> None:
     """Refuse what does not apply where features or classes are compared; `tokens` is a `--seqlen` beside labels of pictures."""
     for given, said in (
-        (stride, "--stride says"),
-        (bos, "--bos and --no-bos say"),
-        (tokens, "--seqlen says"),
+        (stride, "--stride does"),
+        (bos, "--bos and --no-bos do"),
+        (tokens, "--seqlen does"),
     ):
         if given is not None:
-            raise RecipeError(f"{model} predicts no next token, so {said} nothing of it")
+            raise RecipeError(f"{model} predicts no next token, so {said} not apply to it: leave it out")
 
 
 def _took(result: Result) -> list[tuple[str, str]]:

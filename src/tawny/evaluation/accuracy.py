@@ -187,7 +187,7 @@ def _classes(stack: Stack) -> Mapping[int, str]:
     names: dict[int, str] = getattr(stack.config, "id2label", None) or {}
     if stack.model.base_model is stack.model or not names:
         raise ModelError(
-            f"{type(stack.model).__name__} has no classes, so labels say nothing of it: leave them out, or give a classifier"
+            f"{type(stack.model).__name__} has no classes, so labels do not apply to it: leave them out, or give a classifier"
         )
     return {int(number): str(name) for number, name in names.items()}
 

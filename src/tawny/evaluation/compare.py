@@ -130,7 +130,7 @@ def compare(
         seqlen = seqlen or 2048
         windows = _windows(named, text, seqlen, windows, bos)
     elif text is not None and bos is not None:
-        raise RecipeError(f"{named[0]} predicts no next token, so bos says nothing of it")
+        raise RecipeError(f"{named[0]} predicts no next token, so bos does not apply to it: leave it out")
     setting: dict[str, Any] = {
         "text": text,
         "seqlen": seqlen,
@@ -206,7 +206,7 @@ def _read_on(sources: Sequence[str]) -> bool:
 
 
 def _rows(jobs: Sequence[dict[str, Any]], names: Sequence[str], progress: Progress) -> list[dict[str, Any]]:
-    """What `measure` says of each job: speeds in turn, the rest of each behind them."""
+    """What `measure` says of each job: speeds in turn, the rest of each after them."""
     rows: list[dict[str, Any]] = []
     setting = jobs[0]["setting"]
     for group in _groups(jobs, progress):
@@ -258,7 +258,7 @@ def _groups(jobs: Sequence[dict[str, Any]], progress: Progress = silent) -> list
 
 
 class _Process:
-    """A fresh interpreter that measures one model, stops behind each timed round and behind the last, and goes on when it is told.
+    """A fresh interpreter that measures one model, stops after each timed round and after the last, and goes on when it is told.
 
     `timed` says that no round is left, `row` is what it says at its end, whatever becomes of it. `noise` takes what libraries
     print there.
@@ -336,7 +336,7 @@ def measure(
 ) -> dict[str, Any]:
     """All numbers of one model; a part that fails leaves its reason under `errors`.
 
-    `turn` is called behind each timed round, and once behind all of them, with True.
+    `turn` is called after each timed round, and once after all of them, with True.
     """
     errors: dict[str, str] = {}
     row: dict[str, Any] = {"errors": errors}
@@ -464,7 +464,7 @@ def _tasks(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[st
 
 
 class _Rounds(Silent):
-    """Hears of timed rounds, and lets others have their turn behind each."""
+    """Hears of timed rounds, and lets others have their turn after each."""
 
     def __init__(self, turn: Callable[[bool], None]) -> None:
         self._turn = turn

@@ -1,4 +1,4 @@
-"""Windows on their way through a model, kept behind the last block so that the next measurement need not walk it again.
+"""Windows on their way through a model, kept after the last block so that the next measurement need not walk it again.
 
 A dense model is walked for its perplexity, and once for each model that is compared with it. So what it makes of windows is kept
 under everything that this depends on: the model's files, the windows, dtype, device, code and machine. The files take at most
@@ -34,13 +34,13 @@ _WORTH = 3.0  # seconds of a walk that is worth a file
 
 
 def stream_through(stack: Stack, samples: Samples, progress: Progress, phase: str) -> Stream:
-    """Samples behind the last block."""
+    """Samples after the last block."""
     given = {"samples": samples}
     return walk(Run.unkept(progress), stack, given, [Advance("samples")], phase=phase, ends=given)["samples"]
 
 
 def kept_stream(stack: Stack, folder: Path | None, ids: Tensor, progress: Progress, phase: str) -> Stream:
-    """Windows `[windows, tokens]` behind the last block, from an earlier walk where there was one.
+    """Windows `[windows, tokens]` after the last block, from an earlier walk where there was one.
 
     Args:
         folder: of the model; None, as for a live one, where nothing is to be kept. Nothing is kept of a packed one either.

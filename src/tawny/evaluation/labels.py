@@ -102,7 +102,7 @@ def _by_table(
             if number == 1 and not _numbers(label, names):
                 continue
             raise TextError(
-                f"{where}: {cells[0]!r} is no picture in {root}{nearest(name, files)}: give names relative to that folder"
+                f"{where}: {cells[0]!r} is not a picture in {root}{nearest(name, files)}: give names relative to that folder"
             )
         if name in seen:
             raise TextError(
@@ -138,6 +138,6 @@ def _number(label: str, names: Mapping[int, str], where: str) -> int:
             f"{where}: {label!r} is the name of the classes {' and '.join(map(str, numbers))}: give the number"
         )
     raise TextError(
-        f"{where}: {label!r} is none of the model's {len(names)} classes{nearest(label, names.values())}: give a name in "
+        f"{where}: {label!r} is not one of the model's {len(names)} classes{nearest(label, names.values())}: give a name in "
         f"its id2label, such as {names[min(names)]!r}, or a number from 0 to {most}"
     )

@@ -60,7 +60,7 @@ class Perplexity:
         bits_per_byte: total loss in bits over the UTF-8 bytes of what is predicted, special tokens included, which compares
             models with different tokenizers; 0 when only tokens were given.
         stride: tokens of the text from one window's start to the next's.
-        bos: whether each window begins with BOS, which is none of the text; False for tokens that were given.
+        bos: whether each window begins with BOS, which is not part of the text; False for tokens that were given.
         recipe: all of the above in words.
     """
 
@@ -95,7 +95,7 @@ class Windows:
     stride: int
     text: Mixture | None = None
     size: int = 0  # UTF-8 bytes of what is predicted; 0 when only tokens were given
-    bos: bool = False  # the first token of each is none of the text
+    bos: bool = False  # the first token of each is not part of the text
     of: tuple[int, ...] = ()  # the text that each window is of, by number; empty where all are of one
 
     def first(self, index: int) -> int:
@@ -271,7 +271,7 @@ def logits_of(stack: Stack, stream: Stream, index: int, inputs: slice) -> Tensor
 
 @torch.no_grad()
 def window_losses(stack: Stack, stream: Stream, windows: Windows, progress: Progress = silent) -> Tensor:
-    """Mean loss `[windows]` (float64, nats) of each window, which the stream holds behind the last block."""
+    """Mean loss `[windows]` (float64, nats) of each window, which the stream holds after the last block."""
     losses = torch.zeros(len(windows.ids), dtype=torch.float64)
     progress.phase("predicting", len(losses), "windows")
     for index in range(len(losses)):

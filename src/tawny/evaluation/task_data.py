@@ -139,7 +139,7 @@ class TaskData:
 
 
 def _copy_of(path: Path) -> tuple[Path, str]:
-    """The same for all shards of one copy of the documents; a file that is no shard is a copy of its own."""
+    """The same for all shards of one copy of the documents; a file that is not a shard is a copy of its own."""
     stem = _FORMATS.sub("", path.name)
     return (path.parent, path.name.removeprefix(stem)) if _SHARD.fullmatch(stem) else (path, "")
 

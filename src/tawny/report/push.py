@@ -89,7 +89,7 @@ def push(
 
 
 def _hidden(path: Path) -> bool:
-    """Whether a file, or a folder that it lies in, is hidden: `.git` and `.cache` are no part of a model."""
+    """Whether a file, or a folder that it lies in, is hidden: `.git` and `.cache` are not part of a model."""
     return any(part.startswith(".") for part in path.parts)
 
 
@@ -100,7 +100,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         CheckpointError: it is not, or there is none.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; give one that `tawny prune` or `tawny pack` wrote")
+        raise CheckpointError(f"{folder} is not a folder; give one that `tawny prune` or `tawny pack` wrote")
     if folder.name.endswith(".partial") or (folder / "journal.json").exists():
         raise CheckpointError(
             f"{folder} is unfinished; run the same `tawny prune` again to complete it first"
@@ -114,7 +114,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             f"{folder} has no run.json of Tawny; only what `tawny prune` wrote can be pushed"
         )
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; it is no model that anybody could open")
+        raise CheckpointError(f"{folder} has no config.json, so nobody could open it as a model")
     found = weight_files(folder)
     if not found:
         raise CheckpointError(f"{folder} holds no *.safetensors file; the weights are missing")
