@@ -168,8 +168,8 @@ def test_the_command_line_shows_accuracy_beside_features(run, seen):
     assert "12 of images:" in " ".join(out.split())  # a long path stands in a line of its own
     tiny_model("llama").save_pretrained(seen.root / "reads")
     for arguments, reason in (
-        ((seen.root / "reads", "--labels", seen.table), "--labels can be said of pictures only"),
-        ((seen.root / "reads", "--strict"), "--strict can be said of pictures only"),
+        ((seen.root / "reads", "--labels", seen.table), "--labels can be used with pictures only"),
+        ((seen.root / "reads", "--strict"), "--strict can be used with pictures only"),
         ((seen.dense, "--labels", seen.table), "and sample was given: give one images:DIR"),
         ((seen.dense, *pictures, "--labels", seen.table, "--seqlen", 64), "so --seqlen does not apply to it"),
         ((seen.dense, *pictures, "--labels", "none.csv"), "'none.csv': no such table"),

@@ -18,14 +18,18 @@ from tawny.errors import TextError
 def chat(
     model: Model,
     console: Console,
-    system: str = option("--system TEXT", "What the model is told first.", RECIPE),
-    max_tokens: int = option("-n --max-tokens N", "Most tokens of an answer.", RECIPE, default=1024, min=1),
+    system: str = option("--system TEXT", "System prompt.", RECIPE),
+    max_tokens: int = option(
+        "-n --max-tokens N", "Maximum tokens of an answer.", RECIPE, default=1024, min=1
+    ),
     context: int | None = option(
         "--context N", "Tokens of the conversation. Default: the model's, at most 8192.", RECIPE, min=2
     ),
     temperature: float = option("-t --temperature T", "0 takes the likeliest token.", RECIPE, default=0.7),
-    top_p: float = option("--top-p P", "Draw from the likeliest P of probability.", RECIPE, default=0.95),
-    seed: int = option("--seed N", "Chooses the draws.", RECIPE, default=0, callback=possible_seed),
+    top_p: float = option(
+        "--top-p P", "Draw from the likeliest tokens of this total probability.", RECIPE, default=0.95
+    ),
+    seed: int = option("--seed N", "Seed of the draws.", RECIPE, default=0, callback=possible_seed),
     threads: Threads = None,
 ) -> None:
     """Talk with MODEL. Ctrl-C ends an answer, Ctrl-D the conversation."""

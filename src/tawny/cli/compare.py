@@ -50,7 +50,9 @@ def compare(
         TEXT,
         min=1,
     ),
-    no_speed: bool = option("--no-speed", "Leave prefill and decoding speed out.", OUTPUT, default=False),
+    no_speed: bool = option(
+        "--no-speed", "Do not measure prefill and decoding speed.", OUTPUT, default=False
+    ),
     threads: Threads = None,
     markdown: Path | None = option("--markdown FILE", "Also write a .md table.", OUTPUT, parser=path_named),
     html: Path | None = option(

@@ -42,7 +42,7 @@ class Asked:
         bool | None,
         shared(
             "--bos/--no-bos",
-            "Begin each window with BOS, or, as the papers do, none but the first. "
+            "Begin each window with BOS, or only the first, as the papers do. "
             "Default: as the tokenizer begins a text.",
             TEXT,
         ),
@@ -80,7 +80,7 @@ class Asked:
         bool,
         shared(
             "--no-cache",
-            "Measure anew what was kept from before: answers to tasks, and what the dense model makes of a text.",
+            "Measure again what was kept from before: answers to tasks, and what the dense model makes of a text.",
             OUTPUT,
         ),
     ] = False
@@ -137,7 +137,7 @@ def eval_(
     ),
     against: str | None = option(
         "--against DENSE",
-        "Also KL divergence from this model, and how often both say the same next token. Encoders need it: how far their "
+        "Also KL divergence from this model, and how often both predict the same next token. Encoders need it: how far their "
         "features are from this model's.",
         TEXT,
     ),
@@ -189,7 +189,7 @@ def check_useful(asked: bool, by: str, options: dict[str, Any]) -> None:
     """Refuse options of a measurement that is not asked for."""
     given = [name for name, value in options.items() if value is not None]
     if given and not asked:
-        raise RecipeError(f"{' and '.join(given)} can be said with {by} only: leave that out, or give {by}")
+        raise RecipeError(f"{' and '.join(given)} can be used with {by} only: leave that out, or give {by}")
 
 
 def _shows_pictures(
@@ -213,7 +213,7 @@ def _shows_pictures(
         return labels is not None or against
     if wrong:
         raise RecipeError(
-            f"{model} reads text, and {' and '.join(wrong)} can be said of pictures only: leave that out"
+            f"{model} reads text, and {' and '.join(wrong)} can be used with pictures only: leave that out"
         )
     return False
 

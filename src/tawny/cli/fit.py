@@ -24,7 +24,9 @@ def fit(
     given: Given,
     aim: Aim,
     budget: str | None = option(
-        "--budget TIME", "Refine by measured KL for a time such as 20m; another run may then differ.", RECIPE
+        "--budget TIME",
+        "Refine by measured KL for this time, such as 20m; the result may then differ from run to run.",
+        RECIPE,
     ),
     out: Out,
     memory: Memory = None,

@@ -25,10 +25,12 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")],
     console: Console,
-    max_tokens: int = option("-n --max-tokens N", "Most tokens to make.", RECIPE, default=128, min=1),
+    max_tokens: int = option("-n --max-tokens N", "Maximum tokens to generate.", RECIPE, default=128, min=1),
     temperature: float = option("-t --temperature T", "0 takes the likeliest token.", RECIPE, default=0.0),
-    top_p: float = option("--top-p P", "Draw from the likeliest P of probability.", RECIPE, default=1.0),
-    seed: int = option("--seed N", "Chooses the draws.", RECIPE, default=0, callback=possible_seed),
+    top_p: float = option(
+        "--top-p P", "Draw from the likeliest tokens of this total probability.", RECIPE, default=1.0
+    ),
+    seed: int = option("--seed N", "Seed of the draws.", RECIPE, default=0, callback=possible_seed),
     chat: bool = option(
         "--chat/--no-chat",
         "Put the prompt into the model's chat template, if it has one.",

@@ -76,13 +76,12 @@ def possible_seed(seed: int) -> int:
 
 
 Threads = Annotated[
-    int | None, shared("--threads N", "Default: torch's own choice.", OUTPUT, callback=_possible_threads)
+    int | None,
+    shared("--threads N", "CPU threads. Default: torch's own choice.", OUTPUT, callback=_possible_threads),
 ]
 Memory = Annotated[
     str | None,
-    shared(
-        "--memory SIZE", "Peak memory not to pass, such as 6GB; the result does not depend on it.", OUTPUT
-    ),
+    shared("--memory SIZE", "Limit of peak memory, such as 6GB; the result does not depend on it.", OUTPUT),
 ]
 AsJson = Annotated[bool, shared("--json", "Print one JSON document on stdout.", OUTPUT)]
 Overwrite = Annotated[bool, shared("--overwrite", "Replace a finished folder.", OUTPUT)]
@@ -105,7 +104,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Let code that lies in a model's folder run; it is refused otherwise.",
+        help="Run code from a model's folder, which is refused otherwise.",
         callback=_trust,
         rich_help_panel=OUTPUT,
     ),
@@ -136,9 +135,7 @@ class Aim:
     ] = None
     bits: Annotated[
         float | None,
-        shared(
-            "--bits BITS", "The same for each weight, embeddings and head included, such as 4.25.", RECIPE
-        ),
+        shared("--bits BITS", "Bits for each weight, embeddings and head included, such as 4.25.", RECIPE),
     ] = None
     speed: Annotated[
         float | None,
@@ -148,7 +145,7 @@ class Aim:
         Path | None,
         shared(
             "--measured DIR",
-            "Take what an earlier fit of the same model and text measured.",
+            "Reuse what an earlier fit of the same model and text measured.",
             RECIPE,
             parser=path_named,
         ),

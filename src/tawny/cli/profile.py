@@ -32,16 +32,16 @@ def profile(
     ),
     allocators: str | None = option(
         "--allocators NAMES",
-        "Whose sparsities to show, such as owl,dlp,uniform. Default: the recipe's, else owl for each M.",
+        "Allocators whose sparsities to show, such as owl,dlp,uniform. Default: the recipe's, else owl for each M.",
         RECIPE,
     ),
     sparsity: float | None = option(
         "-s --sparsity SHARE",
-        f"For the sparsities the allocators give. Default: the recipe's or pattern's, else {SPARSITY:g}.",
+        f"Sparsity that the allocators share out. Default: the recipe's or pattern's, else {SPARSITY:g}.",
         RECIPE,
     ),
     given: Given,
-    seed: int | None = option("--seed N", "Chooses the windows. Default: 0.", DATA),
+    seed: int | None = option("--seed N", "Seed that chooses the windows. Default: 0.", DATA),
     plot: Path | None = option("--plot FILE", "Also draw it, as .png or .svg.", OUTPUT, parser=path_named),
 ) -> None:
     """Measure the layerwise outlier distribution (LOD) of MODEL, dense or pruned."""

@@ -31,7 +31,7 @@ def push(
         "--dry-run", "Check the folder and its card and list the files; no network.", OUTPUT, default=False
     ),
     private: bool = option("--private", "Make a new repository private.", OUTPUT, default=False),
-    message: str | None = option("--message TEXT", "Of the commit.", OUTPUT),
+    message: str | None = option("--message TEXT", "Message of the commit.", OUTPUT),
 ) -> None:
     """Upload a finished model to the Hugging Face hub, with its card and report."""
     from tawny.report.push import push as push_folder

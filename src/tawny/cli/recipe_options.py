@@ -58,7 +58,7 @@ class Given:
         str | None,
         shared(
             "-p --pattern PATTERN",
-            "What may go: unstructured, n:m (n kept of every m) such as 2:4, channels, heads, channels+heads, blocks or rank. "
+            "What may be removed: unstructured, n:m (n kept of every m) such as 2:4, channels, heads, channels+heads, blocks or rank. "
             "Default: unstructured.",
             RECIPE,
         ),

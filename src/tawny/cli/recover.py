@@ -44,13 +44,13 @@ def recover(
     ),
     through: str | None = option(
         "--through LIST",
-        "Prune in steps, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says how.",
+        "Prune to these sparsities in turn, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says otherwise.",
         RECIPE,
     ),
     recipe: RecipeFile = None,
     overrides: list[str] | None = option(
         "-o --option KEY=VALUE",
-        "Any other setting, such as batch=8 or kl=0.9 (docs/recovery.md); repeatable.",
+        "Any other setting, such as batch=8 or kl=0.9 (see docs/recovery.md); repeatable.",
         RECIPE,
     ),
     text: list[str] | None = option(
@@ -59,10 +59,12 @@ def recover(
         "models that see. Default: c4.",
         TRAINING,
     ),
-    tokens: str | None = option("--tokens N", "How many to read, such as 500k. Default: 2M.", TRAINING),
-    minutes: float | None = option("--minutes M", "End after so long, if that is earlier.", TRAINING),
+    tokens: str | None = option("--tokens N", "Tokens to train on, such as 500k. Default: 2M.", TRAINING),
+    minutes: float | None = option(
+        "--minutes M", "Stop after so many minutes, if that comes first.", TRAINING
+    ),
     seqlen: int | None = option("--seqlen N", "Tokens a window. Default: 512.", TRAINING),
-    lr: float | None = option("--lr RATE", "Highest learning rate.", TRAINING),
+    lr: float | None = option("--lr RATE", "Peak learning rate.", TRAINING),
     device: Device = None,
     overwrite: StartOver = False,
 ) -> None:

@@ -26,7 +26,7 @@ def search(
     *,
     given: Given,
     trials: int | None = option("--trials N", "Allocations to try in all. Default: 160.", RECIPE),
-    budget: str | None = option("--budget TIME", "Stop trying after a time such as 20m or 2h.", RECIPE),
+    budget: str | None = option("--budget TIME", "Stop trying after this time, such as 20m or 2h.", RECIPE),
     out: Path = option(
         "--out FILE",
         "Allocation to write, such as allocation.yaml; a picture goes beside it.",

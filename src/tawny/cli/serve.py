@@ -22,21 +22,23 @@ _NETWORK = "Network"
 def serve(
     model: Model,
     console: Console,
-    host: str = option("--host HOST", "Where to listen.", _NETWORK, default="127.0.0.1"),
-    port: int = option("--port N", "0 takes any that is free.", _NETWORK, default=8000, min=0, max=65535),
-    api_key: str = option("--api-key KEY", "What clients must send.", _NETWORK, envvar="TAWNY_API_KEY"),
+    host: str = option("--host HOST", "Address to listen on.", _NETWORK, default="127.0.0.1"),
+    port: int = option(
+        "--port N", "Port to listen on; 0 takes any free one.", _NETWORK, default=8000, min=0, max=65535
+    ),
+    api_key: str = option("--api-key KEY", "Key that clients must send.", _NETWORK, envvar="TAWNY_API_KEY"),
     allow_open: bool = option(
         "--allow-open", "Listen beyond this machine without a key.", _NETWORK, default=False
     ),
     max_sequences: int = option(
-        "--max-sequences N", "Texts made at once.", RECIPE, default=8, min=1, max=1024
+        "--max-sequences N", "Texts decoded at once.", RECIPE, default=8, min=1, max=1024
     ),
     context: int = option(
-        "--context N", "Most tokens of prompt and text. Default: the model's, at most 4096.", RECIPE, min=2
+        "--context N", "Maximum tokens of prompt and text. Default: the model's, at most 4096.", RECIPE, min=2
     ),
-    queue: int = option("--queue N", "Requests that may wait; more get 429.", RECIPE, default=64, min=0),
+    queue: int = option("--queue N", "Requests that may wait; others get 429.", RECIPE, default=64, min=0),
     timeout: float = option(
-        "--timeout SECONDS", "A request may take, waiting included.", RECIPE, default=600.0
+        "--timeout SECONDS", "Time that a request may take, waiting included.", RECIPE, default=600.0
     ),
     threads: Threads = None,
 ) -> None:
