@@ -54,7 +54,7 @@ def test_families_of_one_outcome_share_a_row(readme):
         "**3 packed** (3 whole) and **3 decoded** (2 with one call a token). Packed logits are at most 1.2"
         in made
     )
-    assert "Not tried" not in made and "no decoders" not in made and "a processor, 1 thread," in made
+    assert "Not tried" not in made and "not decoders" not in made and "a processor, 1 thread," in made
 
 
 def test_a_share_below_the_whole_is_not_rounded_to_it(readme):
@@ -101,7 +101,7 @@ def test_what_is_no_decoder_or_was_not_tried_stands_apart(readme):
         xlnet=family(causal=False, decoded=None),
         blt={"built": {"outcome": "not tried", "reason": "no settings make it small: 9 weights"}},
     )
-    decoders, others = made.split("These are no decoders")
+    decoders, others = made.split("These are not decoders")
     assert "xlnet" not in decoders and "| xlnet | dense | yes | 100% | – |  |" in others
     assert "could be made: blt (no settings make it small: 9 weights)." in others
     assert "Of 3 families 1 were tried" in decoders

@@ -55,7 +55,7 @@ def test_gains_are_over_the_baseline_of_the_same_process(readme):
     assert "| dense, tuned |  | 2.0 | 1.00 | 2.00 | 100 |" in made
     assert "| packed int8, int8 head | 70% | 150.0 | 2.50 | 15.00 |" in made
     assert "37% of the dense file" in made and "28% with `--head int8`" in made
-    assert "LLaMA-shaped, 7B: each sparsity ran in a process of its own" in made
+    assert "LLaMA-shaped, 7B: each sparsity ran in its own process" in made
     assert "made 1.5 to 2.0 tokens/s," in made and "SmolLM2-135M: each sparsity" not in made
     assert "0.725 bytes packed as bf16 and 0.425 as int8" in made
     assert "above 56% sparsity, packed bf16 only above 78%" in made

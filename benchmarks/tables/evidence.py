@@ -55,7 +55,7 @@ def evidence(result: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(row)} |")
     tasks = f" Tasks: the mean of {limits[-1]} documents each." if limits else ""
     lines.append(
-        f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads but where one is said, beside other work. One seed.{tasks} Decoding × is of the dense model in the same run. Dates stand in the file.</sub>\n"
+        f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads unless a row says one; other work ran at the same time. One seed.{tasks} Decoding × is relative to the dense model in the same run. The file has the dates.</sub>\n"
     )
     return "\n".join(lines)
 

@@ -50,10 +50,10 @@ def frontier(result: Mapping[str, Any]) -> str:
     dense = ", ".join(f"{first[text]['dense']:.2f} on {text}" for text in texts)
     others, said = judged_otherwise(cells)
     lines = [
-        f"{setting['model']}, channels scaled, so that no side meets the grid of the source again; solved by "
+        f"{setting['model']}, channels scaled, so that neither tool meets the grid of the source again; solved by "
         f"{SOLVERS[setting['solver']]}; {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}; judged on "
-        f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}. Heads are int8 "
-        f"but for those of `tawny fit` and llama.cpp, which choose theirs. llama.cpp got no importance matrix.{said}\n",
+        f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}. Heads are int8, "
+        f"except those of `tawny fit` and llama.cpp, which choose theirs. llama.cpp got no importance matrix.{said}\n",
     ]
     speeds = result.get("speeds", {"cells": {}})
     head = ["model", "MB", *(f"KL, {text} | top-1 | perplexity" for text in texts)]

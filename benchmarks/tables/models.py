@@ -35,7 +35,7 @@ def families(result: Mapping[str, Any]) -> str:
     parts = [_counts(every, decoders), _table(decoders)]
     if others := {name: family for name, family in tried.items() if name not in decoders}:
         parts.append(
-            "These are no decoders, because their output for a token depends on later tokens:\n\n"
+            "These are not decoders, because their output for a token depends on later tokens:\n\n"
             + _table(others)
         )
     parts += _left(tried)

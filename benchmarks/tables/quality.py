@@ -329,8 +329,8 @@ def _slim_speed(speed: Mapping[str, Any]) -> str:
     """The slim model beside the dense one in plain transformers, and what its bytes and operations allow."""
     dense, slim = speed["models"]["dense"], speed["models"]["slim"]
     lines = [
-        f"Slim at {speed['sparsity']:.0%} beside dense in plain transformers ({dense['dtype']}), tokens a second. *By weights* is what fewer "
-        "bytes a token alone would give, and for a prompt fewer operations:\n",
+        f"Slim at {speed['sparsity']:.0%} beside dense in plain transformers ({dense['dtype']}), tokens per second. *By weights* is the gain that fewer "
+        "bytes alone would give when decoding, and fewer operations for a prompt:\n",
         "| | dense | slim | gain | by weights |",
         "|---|---|---|---|---|",
     ]
@@ -360,7 +360,7 @@ def recovery(result: Mapping[str, Any]) -> str:
     recipe = f" by recipes/{result['recipe']}" if result["recipe"] else ""
     parts = [
         f"{result['model']}, pruned on {seen['samples']} × {seen['seqlen']} tokens of {seen['text']}{recipe} and trained on that text. "
-        f"Measured on {measured['windows']} windows of {measured['seqlen']} tokens that took part in no choice. KL and top-1 compare with "
+        f"Measured on {measured['windows']} windows of {measured['seqlen']} tokens that no choice was made on. KL and top-1 compare with "
         "the dense model. File size and decoding speed are those of the packed model. The control is the dense model with the same "
         "training, because training on a text also adapts a model to it.\n",
     ]

@@ -145,10 +145,10 @@ def judged_otherwise(cells: Mapping[str, Any]) -> tuple[set[str], str]:
     dense = " or ".join(f"{value:.2f}" for value in sorted(set(others.values())))
     return set(others), (
         f" Rows with * were judged in other arithmetic, in which the dense model has {dense} on {text}: a small difference between "
-        "a row with and a row without says nothing."
+        "a row with * and a row without is not significant."
     )
 
 
 def known_order(order: Sequence[str]) -> Callable[[str], tuple[int, str]]:
-    """Sorts names that are known as they are known, and others behind them."""
+    """Sorts known names in their order, and others after them."""
     return lambda name: (order.index(name) if name in order else len(order), name)

@@ -41,7 +41,7 @@ def decode(result: Mapping[str, Any]) -> str:
     parts.append(
         "*Dense, tuned* is the same model in the same decoder, with our best dense matrix–vector kernel. It is the fair "
         "baseline. *transformers* uses its own forward, cache and linears. Ratios compare medians that were taken in turns "
-        "in one process. All models but SmolLM2 have random weights, pruned by magnitude. Their file sizes count tensors.\n"
+        "in one process. All models except SmolLM2 have random weights, pruned by magnitude. Their file sizes count tensors.\n"
     )
     for shape in dict.fromkeys(row["shape"] for row in rows):
         own = [
@@ -51,7 +51,7 @@ def decode(result: Mapping[str, Any]) -> str:
         ]
         if len(own) > 1:
             parts.append(
-                f"{SHAPE_NAMES.get(shape, shape)}: each sparsity ran in a process of its own, in turns with its own dense model. "
+                f"{SHAPE_NAMES.get(shape, shape)}: each sparsity ran in its own process, in turn with its own dense model. "
                 f"That dense model made {min(own):.1f} to {max(own):.1f} tokens/s, because the machine's memory speed changed. The "
                 "ratios are to that model. Compare these rows by ratio, not by tokens/s.\n"
             )
