@@ -32,7 +32,7 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from tawny.errors import RecipeError, TawnyError, nearest, short
+from tawny.errors import RecipeError, TawnyError, nearest, printable, short
 
 T = TypeVar("T")
 
@@ -83,10 +83,11 @@ def one_line_of(error: ValidationError, section: str = "", expected: Mapping[str
     """
     first = error.errors(include_url=False, include_context=False)[0]
     # The branch of a union leaves parts in the location that are no key.
-    parts = [str(p) for p in first["loc"] if isinstance(p, int) or re.fullmatch(r"[A-Za-z_]\w*", str(p))]
-    place = ".".join(filter(None, [section, *map(plain_key, parts)]))
+    parts = [str(p) for p in first["loc"] if not re.search(r"[\[\](){}]|constrained-", str(p))]
+    # A damaged file may have any key.
+    place = printable(" ".join(".".join(filter(None, [section, *map(plain_key, parts)])).split()))
     if first["type"] in ("missing", "missing_argument"):
-        return f"{place} is missing: give it a value (-o {place}=…)"
+        return f"{place} is missing" + (f": give it a value (-o {place}=…)" if expected is not None else "")
     if first["type"] == "value_error":
         return f"{place}: {show(first['input'])} given, {first['msg'].removeprefix('Value error, ')}"
     known = first["msg"].removeprefix("Input should be ").split(", unable to")[0]

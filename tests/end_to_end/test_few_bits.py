@@ -74,7 +74,7 @@ def test_a_weight_that_dwarfs_others_keeps_long_scales_and_the_planned_bytes(den
     job = prepare(Recipe.from_mapping(keys), tmp_path / "lopsided", silent, "cpu")
     sizes, info = PackedSize(job), next(x for x in job.linears if x.name == name)
     folder = PackedFolder(tmp_path / "packed")
-    taken = sum(folder.tensors[f"{name}.{key}"]["bytes"] for key in folder.linears[name].wanted())
+    taken = sum(folder.tensors[f"{name}.{key}"].bytes for key in folder.linears[name].wanted())
     spans = -(-info.shape[1] // 64) * 2  # of 32 columns
     level = Level(0.0, "int4")
     far = sizes.linear(info, level, measures=replace(UNMEASURED, far=True))

@@ -65,7 +65,7 @@ def test_a_folder_has_short_scales_where_nothing_is_lost(tmp_path) -> None:
         packed, live = folder.read_packed(name), model.get_submodule(name).packed
         assert packed.tensors["scales"].dtype == torch.uint8 and packed.tensors.keys() == live.tensors.keys()
         assert all(torch.equal(tensor, live.tensors[key]) for key, tensor in packed.tensors.items())
-        taken = sum(folder.tensors[f"{name}.{key}"]["bytes"] for key in entry.wanted())
+        taken = sum(folder.tensors[f"{name}.{key}"].bytes for key in entry.wanted())
         assert taken == packed.nbytes < longer(packed).nbytes
 
 

@@ -133,9 +133,9 @@ def test_a_flipped_bit_is_refused_by_name(part, packed_llama, tmp_path):
     folder = copy(packed_llama, tmp_path / "x")
     name = f"model.layers.1.mlp.up_proj.{part}"
     entry = PackedFolder(folder).tensors[name]
-    path = folder / entry["shard"]
+    path = folder / entry.shard
     data = bytearray(path.read_bytes())
-    data[entry["offset"] + 9] ^= 4
+    data[entry.offset + 9] ^= 4
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=f"{name}.*SHA-256"):
         tawny.load(folder)

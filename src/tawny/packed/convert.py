@@ -444,8 +444,7 @@ def unpack(
         output = CheckpointWriter(place)
         total = 0
         for part in packed.source:
-            name, text = part["file"], part["header"]
-            entries = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
+            name, text, entries = part.file, part.header, part.entries()
             progress.phase(f"unpacking {name}", len(entries), "tensors")
             with writing(output.folder / name), (output.folder / name).open("wb") as file:
                 header = text.encode()

@@ -17,11 +17,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field, StrictBool, ValidationError
 from torch import Tensor
 
+from tawny.checked import adapter, one_line_of
 from tawny.errors import CheckpointError, UserError
 from tawny.kinds import KINDS
 from tawny.model.checkpoint import METHOD, Checkpoint
@@ -33,7 +35,16 @@ from tawny.packed.format import PackedTensor
 
 logger = logging.getLogger(__name__)
 
-_FIELDS = {"dtype", "shape", "shard", "offset", "bytes", "sha256"}  # of a tensor in the index
+Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+def _known(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(f"expected one of {', '.join(DTYPES)}")
+    return dtype
+
+
+Dtype = Annotated[str, AfterValidator(_known)]
 
 
 def header_of(path: Path) -> str:
@@ -52,22 +63,43 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _source_entries(text: str) -> dict[str, dict[str, Any]]:
-    """Tensors of a stored header; whatever is wrong with one that safetensors would not read is raised."""
-    text.encode()
-    entries: dict[str, dict[str, Any]] = json.loads(text, object_pairs_hook=_once)
-    metadata: Any = entries.pop("__metadata__", None)
-    if not text.startswith("{"):
-        raise ValueError("a header of the dense checkpoint begins with something else than a brace")
-    if metadata is not None:
-        "".join(metadata.values()).encode()
-    place = 0
-    for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if not all(type(number) is int for number in (begin, end, *entry["shape"])) or begin != place:
-            raise ValueError(f"{key!r} does not begin in the dense checkpoint where the one before it ends")
-        place = end
-    return entries
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, as the index has it; `offset` and `bytes` are of the file `shard`."""
+
+    dtype: Dtype
+    shape: list[Count]
+    shard: str
+    offset: Count
+    bytes: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of the dense checkpoint: its name, and the JSON that it began with."""
+
+    file: str
+    header: str
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Its tensors; whatever is wrong with a header that safetensors would not read is raised."""
+        self.header.encode()
+        entries: dict[str, dict[str, Any]] = json.loads(self.header, object_pairs_hook=_once)
+        metadata: Any = entries.pop("__metadata__", None)
+        if not self.header.startswith("{"):
+            raise ValueError("a header of the dense checkpoint begins with something else than a brace")
+        if metadata is not None:
+            "".join(metadata.values()).encode()
+        place = 0
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if not all(type(number) is int for number in (begin, end, *entry["shape"])) or begin != place:
+                raise ValueError(
+                    f"{key!r} does not begin in the dense checkpoint where the one before it ends"
+                )
+            place = end
+        return entries
 
 
 @dataclass(frozen=True)
@@ -86,18 +118,18 @@ class PackedLinearEntry:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[Count, Count]
     values: str
-    group: int | None
-    nnz: int
-    sources: tuple[str, ...]
-    transposed: bool
-    storage: str
+    group: Count | None
+    nnz: Count
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    transposed: StrictBool
+    storage: Dtype
     embedding: str | None = None
-    rows: tuple[int, ...] | None = None
-    index: int | None = None
-    whole: bool = False
-    short: bool = False
+    rows: tuple[Annotated[int, Field(gt=0, strict=True)], ...] | None = None
+    index: Count | None = None
+    whole: StrictBool = False
+    short: StrictBool = False
 
     @property
     def parameter(self) -> str | None:
@@ -137,6 +169,20 @@ class PackedLinearEntry:
         return found
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The index of a folder. Those of old know no hash of the configuration."""
+
+    tensors: dict[str, StoredTensor]
+    shards: dict[str, Count]
+    dense: list[str]
+    source: list[Source]
+    source_index: str | None
+    linears: dict[str, PackedLinearEntry]
+    weight_map: dict[str, str]
+    config_sha256: str | None = None
+
+
 @functools.cache  # a folder is opened more than once by one call
 def _say_changed(path: Path, found: str) -> None:
     logger.warning("%s is not the one that was packed: the model may compute other numbers", path)
@@ -165,13 +211,12 @@ class PackedFolder:
                 "use a newer Tawny"
             )
         try:
-            self.tensors: dict[str, dict[str, Any]] = index["tensors"]
-            self.shards: dict[str, int] = index["shards"]
-            self.dense: list[str] = index["dense"]
-            self.source: list[dict[str, str]] = index["source"]
-            self.source_index: str | None = index["source_index"]
-            self._check_tensors()
-            self.linears = {name: self._entry(name, entry) for name, entry in index["linears"].items()}
+            named = {name: {**entry, "name": name} for name, entry in index["linears"].items()}
+            known: _Index = adapter(_Index).validate_python({**index, "linears": named})
+            self.tensors, self.shards, self.linears = known.tensors, known.shards, known.linears
+            self.dense, self.source, self.source_index = known.dense, known.source, known.source_index
+            for linear in self.linears.values():
+                self._check_linear(linear)
             self._check_levels(version)
             # What each tensor of the dense checkpoint became.
             self.made: dict[str, list[PackedLinearEntry]] = {}
@@ -181,10 +226,12 @@ class PackedFolder:
             self.experts = self._experts()
             self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.wanted()}
             self._check_files()
-            self._check_whole(index["weight_map"])
-            self._compare_config(index.get("config_sha256"))
+            self._check_whole(known.weight_map)
+            self._compare_config(known.config_sha256)
         except CheckpointError:
             raise
+        except ValidationError as error:
+            raise CheckpointError(f"{path} is damaged ({one_line_of(error)}); pack the model again") from None
         except (
             LookupError,
             TypeError,
@@ -197,9 +244,7 @@ class PackedFolder:
             raise CheckpointError(f"{path} is damaged ({error!r}); pack the model again") from error
 
     def _compare_config(self, packed: str | None) -> None:
-        """A changed config.json is the user's right, and gives other numbers. Folders of old know no hash of it."""
-        if not isinstance(packed, str | None):
-            raise ValueError(f"config_sha256 is {packed!r}")
+        """A changed config.json is the user's right, and gives other numbers."""
         path = self.folder / "config.json"
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if packed not in (None, found):
@@ -208,51 +253,28 @@ class PackedFolder:
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(entry["bytes"] for entry in self.tensors.values())
+        return sum(entry.bytes for entry in self.tensors.values())
 
-    def _entry(self, name: str, entry: Mapping[str, Any]) -> PackedLinearEntry:
-        out, columns = entry["shape"]
-        if entry["storage"] not in DTYPES or not isinstance(entry["embedding"], str | None):
-            raise ValueError(f"{name}: storage {entry['storage']!r}, embedding {entry['embedding']!r}")
-        made = PackedLinearEntry(
-            name,
-            (int(out), int(columns)),
-            entry["values"],
-            entry["group"],
-            int(entry["nnz"]),
-            tuple(entry["sources"]),
-            bool(entry["transposed"]),
-            entry["storage"],
-            entry["embedding"],
-            None if (rows := entry.get("rows")) is None else tuple(rows),
-            entry.get("index"),
-            bool(entry.get("whole")),
-            bool(entry.get("short")),
-        )
-        if type(entry.get("whole", False)) is not bool or (made.whole and not KINDS[made.values].scaled):
-            raise ValueError(f"{name}: whole {entry['whole']!r} of values {made.values!r}")
-        if type(entry.get("short", False)) is not bool or (made.short and made.group is None):
-            raise ValueError(f"{name}: short {entry['short']!r} of group {made.group!r}")
-        self._check_expert(made)
-        for key, (dtype, shape) in made.wanted().items():
-            tensor = self.tensors.get(f"{name}.{key}")
-            if tensor is None or DTYPES.get(tensor["dtype"]) != dtype or tuple(tensor["shape"]) != shape:
-                found = "nothing" if tensor is None else f"{tensor['dtype']} {tensor['shape']}"
-                raise self._refuse(f"{name}.{key}", f"{found} where {NAMES[dtype]} {list(shape)} belongs")
-        return made
-
-    def _check_expert(self, entry: PackedLinearEntry) -> None:
-        """What the index says of an expert's place has the types, and the numbers, that it needs."""
-        rows, index = entry.rows, entry.index
+    def _check_linear(self, entry: PackedLinearEntry) -> None:
+        """What the index says of a packed weight fits together, and its tensors have the types and shapes that follow from it."""
+        name, rows, sources = entry.name, entry.rows, entry.sources
+        if entry.whole and not KINDS[entry.values].scaled:
+            raise ValueError(f"{name}: whole, and {entry.values} are floats")
+        if entry.short and entry.group is None:
+            raise ValueError(f"{name}: short scales without a group")
         if rows is not None:
-            fits = index is None and len(rows) == len(entry.sources) == len(set(entry.sources))
-            fits = fits and all(type(count) is int and count > 0 for count in rows)
+            fits = entry.index is None and len(rows) == len(sources) == len(set(sources))
             if not fits or sum(rows) != entry.shape[0]:
-                raise ValueError(f"{entry.name}: rows {rows} of {entry.shape[0]}, sources {entry.sources}")
-        if index is not None and (type(index) is not int or index < 0 or len(entry.sources) != 1):
-            raise ValueError(f"{entry.name}: index {index!r} in {entry.sources}")
+                raise ValueError(f"{name}: rows {rows} of {entry.shape[0]}, sources {sources}")
+        if entry.index is not None and len(sources) != 1:
+            raise ValueError(f"{name}: index {entry.index} in {sources}")
         if entry.parameter is not None and entry.embedding is not None:
-            raise ValueError(f"{entry.name}: an expert, with embedding {entry.embedding!r}")
+            raise ValueError(f"{name}: an expert, with embedding {entry.embedding!r}")
+        for key, (dtype, shape) in entry.wanted().items():
+            tensor = self.tensors.get(f"{name}.{key}")
+            if tensor is None or DTYPES[tensor.dtype] != dtype or tuple(tensor.shape) != shape:
+                found = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+                raise self._refuse(f"{name}.{key}", f"{found} where {NAMES[dtype]} {list(shape)} belongs")
 
     def _experts(self) -> dict[str, list[PackedLinearEntry]]:
         """Experts by the fused parameter they are part of, in their order."""
@@ -276,21 +298,6 @@ class PackedFolder:
             f"{self.folder}: tensor {name!r}: {what}; the packed folder is damaged: copy or pack it again"
         )
 
-    def _check_tensors(self) -> None:
-        """What the index says of every tensor has the types that all readers rely on."""
-        for name, entry in self.tensors.items():
-            if lacks := _FIELDS - entry.keys():
-                raise self._refuse(name, f"its entry in the index lacks {min(lacks)!r}")
-            fits = isinstance(entry["shard"], str) and entry["dtype"] in DTYPES
-            fits = fits and isinstance(entry["sha256"], str) and isinstance(entry["shape"], list)
-            numbers = [entry["offset"], entry["bytes"], *entry["shape"]]
-            if not fits or not all(isinstance(number, int) and number >= 0 for number in numbers):
-                raise self._refuse(name, "its entry in the index holds values of the wrong type")
-        if not all(isinstance(name, str) for name in self.dense):
-            raise ValueError(f"dense holds {self.dense!r}")
-        if not isinstance(self.source_index, str | None):
-            raise ValueError(f"source_index is {self.source_index!r}")
-
     def _check_levels(self, version: int) -> None:
         """What was packed to stand for other numbers is not read as what it would mean now."""
         moved = sorted({entry.values for entry in self.linears.values()} & set(format.MOVED))
@@ -305,19 +312,17 @@ class PackedFolder:
 
         A weight that the index forgot would come up as random numbers in transformers.
         """
-        if shards != {name: entry["shard"] for name, entry in self.tensors.items()}:
+        if shards != {name: entry.shard for name, entry in self.tensors.items()}:
             raise ValueError("weight_map and tensors differ")
         made = dict(self.made)
         for source, entries in made.items():
             places: list[Any] = [entry.index for entry in entries]
             if places != [None] and set(places) != set(range(len(entries))):
                 raise ValueError(f"two weights have one source, {source!r}, or one of its experts has none")
-        if not all(entry.sources for entry in self.linears.values()):
-            raise ValueError("a weight has no source")
         left = set(self.tensors) - self.packed_names
         self._check_source_files()
         for part in self.source:
-            for key, header in _source_entries(part["header"]).items():
+            for key, header in part.entries().items():
                 entries = made.pop(key, [])
                 begin, end = header["data_offsets"]
                 shape, dtype = header["shape"], header["dtype"]
@@ -330,7 +335,7 @@ class PackedFolder:
                 elif key in left:
                     left.remove(key)
                     stored = self.tensors[key]
-                    fits = (shape, dtype) == (stored["shape"], stored["dtype"])
+                    fits = (shape, dtype) == (stored.shape, stored.dtype)
                 else:
                     raise self._refuse(
                         key, "is neither packed nor stored, though the dense checkpoint had it"
@@ -346,7 +351,7 @@ class PackedFolder:
 
     def _check_source_files(self) -> None:
         """The dense checkpoint's files are those that its index names, or stand without one, in one folder."""
-        names = [part["file"] for part in self.source]
+        names = [part.file for part in self.source]
         for name in names:
             name.encode()
             if "\0" in name or Path(name).name != name or not name.endswith(".safetensors"):
@@ -362,9 +367,9 @@ class PackedFolder:
     def _check_files(self) -> None:
         by_shard: dict[str, list[str]] = {shard: [] for shard in self.shards}
         for name, entry in self.tensors.items():
-            if entry["shard"] not in by_shard:
-                raise self._refuse(name, f"its shard {entry['shard']!r} is not in the index")
-            by_shard[entry["shard"]].append(name)
+            if entry.shard not in by_shard:
+                raise self._refuse(name, f"its shard {entry.shard!r} is not in the index")
+            by_shard[entry.shard].append(name)
         for shard, names in by_shard.items():
             path = self.folder / shard
             if not names:
@@ -376,7 +381,7 @@ class PackedFolder:
                 raise self._refuse(names[0], f"its shard {shard} is missing")
             size = path.stat().st_size
             if size != self.shards[shard]:
-                ends = {n: self.tensors[n]["offset"] + self.tensors[n]["bytes"] for n in names}
+                ends = {n: self.tensors[n].offset + self.tensors[n].bytes for n in names}
                 cut = min((n for n in names if ends[n] > size), key=ends.__getitem__, default=names[0])
                 raise self._refuse(cut, f"{shard} has {size} bytes where {self.shards[shard]} belong")
             found = tensors_in(path)
@@ -388,43 +393,43 @@ class PackedFolder:
     def _check_place(self, name: str, found: TensorEntry | None) -> None:
         entry = self.tensors[name]
         if found is None:
-            raise self._refuse(name, f"is not in {entry['shard']}")
+            raise self._refuse(name, f"is not in {entry.shard}")
         for key, own in ("dtype", found.dtype), ("shape", list(found.shape)), ("offset", found.start):
-            if own != entry[key]:
-                raise self._refuse(name, f"has {key} {own} where {entry[key]} belongs")
-        size = torch.Size(entry["shape"]).numel() * DTYPES[entry["dtype"]].itemsize
-        if not entry["bytes"] == size == found.bytes:
+            if own != vars(entry)[key]:
+                raise self._refuse(name, f"has {key} {own} where {vars(entry)[key]} belongs")
+        size = torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize
+        if not entry.bytes == size == found.bytes:
             raise self._refuse(name, f"has {found.bytes} bytes, its shape needs another number")
 
     def verify(self) -> None:
         """Compare the SHA-256 of every tensor with the index, reading the files once."""
         for shard in self.shards:
-            names = [name for name, entry in self.tensors.items() if entry["shard"] == shard]
+            names = [name for name, entry in self.tensors.items() if entry.shard == shard]
             with (self.folder / shard).open("rb") as file:
-                for name in sorted(names, key=lambda n: int(self.tensors[n]["offset"])):
-                    file.seek(self.tensors[name]["offset"])
-                    digest, left = hashlib.sha256(), self.tensors[name]["bytes"]
+                for name in sorted(names, key=lambda n: self.tensors[n].offset):
+                    file.seek(self.tensors[name].offset)
+                    digest, left = hashlib.sha256(), self.tensors[name].bytes
                     while left and (chunk := file.read(min(left, 1 << 20))):
                         digest.update(chunk)
                         left -= len(chunk)
                     self._compare(name, digest.hexdigest())
 
     def _compare(self, name: str, found: str) -> None:
-        if found != self.tensors[name]["sha256"]:
+        if found != self.tensors[name].sha256:
             raise self._refuse(name, "its SHA-256 is not the one in the index")
 
     def read(self, name: str) -> Tensor:
         """One tensor, copied out of its file and compared with its hash."""
         entry = self.tensors[name]
-        buffer = bytearray(entry["bytes"])
-        with (self.folder / entry["shard"]).open("rb") as file:
-            file.seek(entry["offset"])
+        buffer = bytearray(entry.bytes)
+        with (self.folder / entry.shard).open("rb") as file:
+            file.seek(entry.offset)
             if file.readinto(buffer) != len(buffer):
                 raise self._refuse(name, "its file ends too early")
         self._compare(name, hashlib.sha256(buffer).hexdigest())
         if not buffer:
-            return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-        return torch.frombuffer(buffer, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
     def read_source(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the dense checkpoint whose weights are packed; in the type of their values if `dtype` is None."""
@@ -468,16 +473,14 @@ class PackedCheckpoint(Checkpoint):
         self._parameters = set()
         self._parts = {}
         for part in self.packed.source:
-            for key, entry in json.loads(part["header"]).items():
-                if key == "__metadata__":
-                    continue
+            for key, entry in part.entries().items():
                 self.shapes[key] = tuple(entry["shape"])
                 if key in self.packed.made:
                     kind = KINDS[self.packed.made[key][0].values]
                     self.files[key] = folder / INDEX
                     self.dtypes[key] = "F32" if kind.scaled else NAMES[kind.dtype]
                 else:
-                    self.files[key] = folder / self.packed.tensors[key]["shard"]
+                    self.files[key] = folder / self.packed.tensors[key].shard
                     self.dtypes[key] = entry["dtype"]
 
     @property
