@@ -29,6 +29,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -137,6 +138,14 @@ def suggest(word: str, known: Iterable[str]) -> str:
     if word.lower() in folded:
         return f" (did you mean {folded[word.lower()]!r}?)"
     return nearest(word, names) or (f" (known: {', '.join(names)})" if names else " (it has no options)")
+
+
+def yaml_error(name: str, error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML file, in one line with the file's name and, where it is known, the line."""
+    if not isinstance(error, yaml.MarkedYAMLError):  # a character that YAML does not allow
+        return f"{name}: not valid YAML: {' '.join(str(error).split())}"
+    where = f"{name}:{error.problem_mark.line + 1}" if error.problem_mark else name
+    return f"{where}: not valid YAML: {error.problem}"
 
 
 def show(value: Any) -> str:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 __all__ = ["AllocationLine", "File", "read_entries", "resolve"]
 
+import contextlib
 import hashlib
 import json
 import math
@@ -42,6 +43,7 @@ import yaml
 from pydantic import Field
 
 from tawny.allocation.profile import Allocation, Allocator, Profile
+from tawny.checked import yaml_error
 from tawny.errors import RecipeError, nearest, short
 from tawny.kinds import KINDS, names_of, scaled_kinds
 from tawny.patterns import removed_count
@@ -59,6 +61,13 @@ class AllocationLine:
     where: str
 
 
+class _Object(list[tuple[str, Any]]):
+    """A JSON object as its pairs, those given twice too, and not to be taken for a JSON list."""
+
+
+_Line = tuple[str, Any, str]  # a key of a mapping, its value as JSON or a YAML node, and where it stands
+
+
 def read_entries(
     text: str, name: str = "the allocation", section: str = "allocation"
 ) -> list[AllocationLine]:
@@ -67,31 +76,69 @@ def read_entries(
     Args:
         section: under which they stand. Without an `allocation` the whole text is one, and it has no `values`.
     """
-    entries = _from_json(text, name, section) if text.lstrip().startswith("{") else None
-    if entries is None:
-        entries = _from_yaml(text, name, section)
-    if not entries and section == "allocation":
+    lines = _lines(_parsed(text, name), name)
+    if lines is None:
+        raise _no_mapping(name)
+    _check_sections(lines)
+    sections = {key: (value, where) for key, value, where in reversed(lines)}
+    if "allocation" in sections:
+        value, where = sections.get(section, (_Object(), name))
+        lines = _lines(value, name)
+        if lines is None:
+            raise _no_mapping(f"{where}: {section}", section)
+    elif section != "allocation":
+        return []
+    if not lines and section == "allocation":
         raise RecipeError(f"{name} is empty, expected lines such as '\"*\": 0.7'")
     first: dict[str, AllocationLine] = {}
-    for entry in entries:
-        if entry.pattern in first:
-            raise RecipeError(
-                f"{entry.where}: {short(entry.pattern)} is given twice, first as {short(first[entry.pattern].text)}"
-            )
-        first[entry.pattern] = entry
-    return entries
+    for key, value, where in lines:
+        if (written := _written(value)) is None:
+            raise _no_number(where, key, "a list or a mapping", section)
+        if key in first:
+            raise RecipeError(f"{where}: {short(key)} is given twice, first as {short(first[key].text)}")
+        first[key] = AllocationLine(key, written, where)
+    return list(first.values())
 
 
-def _check_sections(keys: Sequence[tuple[str, str]]) -> None:
-    """Refuse a section that is given twice or has another name; what a record holds beside its allocation is its own.
+def _parsed(text: str, name: str) -> Any:
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):  # a YAML flow mapping also starts with a brace
+            return json.loads(text, object_pairs_hook=_Object)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(yaml_error(name, error)) from None
+    except RecursionError:
+        raise RecipeError(f"{name}: nested too deeply, expected lines such as '\"*\": 0.7'") from None
+    return _Object() if node is None else node
 
-    Args:
-        keys: of the whole text, each with where it stands.
-    """
-    names = [key for key, _ in keys]
+
+def _lines(value: Any, name: str) -> list[_Line] | None:
+    """What a mapping holds; None where it is none."""
+    if isinstance(value, _Object):
+        return [(key, inner, name) for key, inner in value]
+    if not isinstance(value, yaml.MappingNode):
+        return None
+    lines = [(key, inner, f"{name}:{key.start_mark.line + 1}") for key, inner in value.value]
+    for key, _, where in lines:
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(f"{where}: a list or a mapping is given a value, expected the name of a linear")
+    return [(key.value, inner, where) for key, inner, where in lines]
+
+
+def _written(value: Any) -> str | None:
+    """A number or a word as it was written: YAML would make 1:30 a number and 70% a text. None for all else."""
+    if isinstance(value, yaml.Node):
+        return str(value.value) if isinstance(value, yaml.ScalarNode) else None
+    return None if isinstance(value, list) else str(value)
+
+
+def _check_sections(lines: Sequence[_Line]) -> None:
+    """Refuse a section that is given twice or has another name; what a record holds beside its allocation is its own."""
+    names = [key for key, _, _ in lines]
     if "allocation" not in names:
         return
-    for index, (key, where) in enumerate(keys):
+    for index, (key, _, where) in enumerate(lines):
         if key in _SECTIONS and key in names[:index]:
             raise RecipeError(
                 f"{where}: the section {key} is given twice, expected one: put its lines together"
@@ -101,10 +148,6 @@ def _check_sections(keys: Sequence[tuple[str, str]]) -> None:
                 f"{where}: {short(key)} stands beside the section allocation, expected only values"
                 f"{nearest(key, _SECTIONS)}: rename it or take it out"
             )
-
-
-class _Object(list[tuple[str, Any]]):
-    """A JSON object as its pairs, those given twice too, and not to be taken for a JSON list."""
 
 
 def _no_mapping(what: str, section: str = "allocation") -> RecipeError:
@@ -117,63 +160,6 @@ def _no_mapping(what: str, section: str = "allocation") -> RecipeError:
 def _no_number(where: str, pattern: str, what: str, section: str = "allocation") -> RecipeError:
     expected = "values such as int4" if section == "values" else "a sparsity such as 0.7"
     return RecipeError(f"{where}: {short(pattern)} has {what}, expected {expected}")
-
-
-def _from_json(text: str, name: str, section: str) -> list[AllocationLine] | None:
-    try:
-        pairs = json.loads(text, object_pairs_hook=_Object)
-    except (ValueError, RecursionError):
-        return None  # a YAML flow mapping also starts with a brace
-    _check_sections([(key, name) for key, _ in pairs])
-    if section != "allocation" and "allocation" not in (key for key, _ in pairs):
-        return []
-    for key, value in pairs:
-        if key == section:
-            if not isinstance(value, _Object):
-                raise _no_mapping(f"{name}: {section}", section)
-            pairs = value
-            break
-    else:
-        pairs = pairs if section == "allocation" else _Object()
-    for key, value in pairs:
-        if isinstance(value, list):
-            raise _no_number(name, key, "a list or a mapping", section)
-    return [AllocationLine(key, str(value), name) for key, value in pairs]
-
-
-def _from_yaml(text: str, name: str, section: str) -> list[AllocationLine]:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{name}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:  # a character that YAML does not allow
-        raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise RecipeError(f"{name}: nested too deeply, expected lines such as '\"*\": 0.7'") from None
-    if isinstance(node, yaml.MappingNode):
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        _check_sections([(key.value, f"{name}:{key.start_mark.line + 1}") for key in keys])
-        if section != "allocation" and not {section, "allocation"} <= {key.value for key in keys}:
-            return []
-        for key, value in node.value:
-            if key.value == section:
-                if not isinstance(value, yaml.MappingNode):
-                    raise _no_mapping(f"{name}:{key.start_mark.line + 1}: {section}", section)
-                node = value
-                break
-    elif node is not None:
-        raise _no_mapping(name)
-    entries = []
-    for key, value in node.value if node else []:
-        where = f"{name}:{key.start_mark.line + 1}"
-        if not isinstance(key, yaml.ScalarNode):
-            raise RecipeError(f"{where}: a list or a mapping is given a value, expected the name of a linear")
-        if not isinstance(value, yaml.ScalarNode):
-            raise _no_number(where, key.value, "a list or a mapping", section)
-        # As it was written: YAML would make 1:30 a number and 70% a text.
-        entries.append(AllocationLine(key.value, value.value, where))
-    return entries
 
 
 def resolve(

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tawny.checked import show
+from tawny.checked import show, yaml_error
 from tawny.errors import RecipeError, nearest, one_line
 from tawny.recipe.schema import Recipe
 
@@ -63,11 +63,8 @@ def read_mapping(path: str | Path) -> Mapping[str, Any]:
         raise RecipeError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid JSON: {one_line(error)}") from None
-    except yaml.MarkedYAMLError as error:
-        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(yaml_error(str(path), error)) from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("recipe"), Mapping):
         loaded = loaded["recipe"]  # a run.json holds its recipe under this key
     if not isinstance(loaded, Mapping):
