@@ -39,6 +39,7 @@ from tawny.model.streams import Samples
 from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
+from tawny.solvers.divergence import kl
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _compare(made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], pro
                 for stack, stream in zip(stacks, streams, strict=True)
             )
             target = made.ids[index, targets].to(p.device)[:, None]
-            sums[0, index] += (p.exp() * (p - q)).sum(-1).double().sum().cpu()
+            sums[0, index] += kl(p, q).double().sum().cpu()
             sums[1, index] += (p.argmax(-1) == q.argmax(-1)).sum().double().cpu()
             sums[2, index] -= p.gather(1, target).double().sum().cpu()
             sums[3, index] -= q.gather(1, target).double().sum().cpu()

@@ -42,6 +42,7 @@ from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating, input_of, predicts_tokens
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
+from tawny.solvers.divergence import kl
 
 TEXT, PICTURES = "wikitext2", "sample"
 MOST_TEXTS, MOST_PICTURES, SEQLEN = 1000, 100, 128
@@ -261,7 +262,7 @@ def _distance(p_EC: Tensor, q_EC: Tensor) -> dict[str, float]:
     first = p_EC.argmax(-1, keepdim=True)
     five = q_EC.topk(min(5, q_EC.shape[-1]), -1).indices
     return {
-        "kl": float((p_EC.exp() * (p_EC - q_EC)).sum(-1).mean()),
+        "kl": float(kl(p_EC, q_EC).mean()),
         "top1": float((q_EC.argmax(-1, keepdim=True) == first).double().mean()),
         "top5": float((five == first).any(-1).double().mean()),
     }

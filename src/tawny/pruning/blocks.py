@@ -31,7 +31,7 @@ from tawny.pruning.block import LoadedBlock
 from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.pruning.session import Session
 from tawny.run.journal import BLOCKS
-from tawny.solvers.blocks import BlockSolver
+from tawny.solvers.base import BlockSolver
 
 
 def choose_blocks(session: Session) -> Allocation:

@@ -23,8 +23,7 @@ from tawny.machine import free_memory, resident_memory
 from tawny.model.linears import Linear, states_of
 from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Samples
-from tawny.solvers.base import Solver
-from tawny.solvers.blocks import BlockSolver
+from tawny.solvers.base import BlockSolver, Solver
 from tawny.solvers.members import MemberSolver
 
 # What the interpreter holds with torch, transformers and a tokenizer, where it cannot be measured.

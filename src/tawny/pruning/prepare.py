@@ -34,8 +34,7 @@ from tawny.precision import compute_dtype
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import Demand, Load
 from tawny.recipe.schema import Recipe
-from tawny.solvers.base import Solver
-from tawny.solvers.blocks import BlockSolver
+from tawny.solvers.base import BlockSolver, Solver
 from tawny.solvers.members import MemberSolver
 from tawny.words import size
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from tawny.solvers.alps import Alps
-from tawny.solvers.base import Needs, Solution, Solver, energy, reconstruction_error
-from tawny.solvers.blocks import BlockSolver
+from tawny.solvers.base import BlockSolver, Needs, Solution, Solver, energy, reconstruction_error
 from tawny.solvers.divergence import Divergence
 from tawny.solvers.flap import Flap
 from tawny.solvers.grid import Grid

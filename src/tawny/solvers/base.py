@@ -11,7 +11,7 @@ else, once, and `solve` accepts the result for each of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from tawny.patterns import NM, Pattern, Scope, keep_mask, removed_count
 from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project
 
 __all__ = [
+    "BlockSolver",
     "Columns",
     "Damp",
     "MaskSolver",
@@ -159,6 +160,47 @@ class MaskSolver(Solver, Protocol):
 
     def keep(self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float) -> Tensor:
         """[out, in] bool: the weights that stay."""
+        ...
+
+
+class BlockSolver(Protocol):
+    """What says how far a block that leaves takes the model from where it was; a new one is a file and an entry of BLOCK_SOLVERS.
+
+    A block that leaves passes on what it receives. Which of them leave is decided one after another in pruning/blocks.py; a
+    solver only compares two tensors `[T, X]`, with and without a block: T tokens, X hidden or vocabulary.
+
+    Attributes:
+        needs: nothing of the inputs of single linears.
+        compares: outputs of the `block` with its inputs, or the dense model's `logits` with those it has without the block.
+    """
+
+    needs: ClassVar[Needs] = "none"
+    compares: ClassVar[Literal["block", "logits"]]
+
+    @property
+    def tokens(self) -> int:
+        """Of the calibration, how many are looked at."""
+        ...
+
+    @property
+    def again(self) -> int:
+        """How many blocks, those that came off best, are compared anew after each one that left; 0: all are taken by one look."""
+        return 0
+
+    def work(self, out: int, width: int) -> Work:
+        """Zeros cost nothing."""
+        return Work(tall=0.0, square=0.0)
+
+    def rounding(self, out: int, width: int) -> Work:
+        """No survivor is rounded."""
+        return Work(tall=0.0, square=0.0)
+
+    def workspace(self, out: int, width: int) -> int:
+        """Bytes to remove a linear, beside its stored copy."""
+        return 8 * out * width
+
+    def apart(self, with_TX: Tensor, without_TX: Tensor) -> Tensor:
+        """[T] float32: how much each token loses where the block leaves."""
         ...
 
 

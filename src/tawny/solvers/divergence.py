@@ -14,9 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tawny.solvers.blocks import BlockSolver
+from tawny.solvers.base import BlockSolver
 
-__all__ = ["Divergence"]
+__all__ = ["Divergence", "kl"]
+
+
+def kl(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
+    """[T]: the Kullback–Leibler divergence Σ p·(log p − log q) of each token, in nats, from log-probabilities."""
+    kl_T: Tensor = torch.linalg.vecdot(log_p_TV.exp(), log_p_TV - log_q_TV)
+    return kl_T
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,4 @@ class Divergence(BlockSolver):
     compares: ClassVar[Literal["block", "logits"]] = "logits"
 
     def apart(self, with_TX: Tensor, without_TX: Tensor) -> Tensor:
-        p, q = with_TX.float().log_softmax(-1), without_TX.float().log_softmax(-1)
-        kl_T: Tensor = torch.linalg.vecdot(p.exp(), p - q)
-        return kl_T
+        return kl(with_TX.float().log_softmax(-1), without_TX.float().log_softmax(-1))

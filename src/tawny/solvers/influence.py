@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tawny.solvers.blocks import BlockSolver
+from tawny.solvers.base import BlockSolver
 
 __all__ = ["Influence"]
 
