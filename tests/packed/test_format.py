@@ -13,7 +13,7 @@ from tawny.kernels import native, reference
 from tawny.kinds import KINDS as TABLE
 from tawny.packed import format
 from tawny.packed.checking import check
-from tawny.packed.format import pack, shapes, unpack
+from tawny.packed.format import pack, unpack
 from tests.packed.cases import KINDS, SHAPES, SPARSITIES, uneven, weight
 from tests.reference.packed import read
 
@@ -278,8 +278,7 @@ def test_what_cannot_be_packed_is_refused_in_words():
 def test_shapes_describe_what_pack_makes():
     for values, group in KINDS:
         packed = pack(weight((9, 70), 0.5), values, group)
-        wanted = shapes(packed.shape, packed.values, group, packed.nnz, short="exponents" in packed.tensors)
-        assert {k: (t.dtype, tuple(t.shape)) for k, t in packed.tensors.items()} == wanted
+        assert {k: (t.dtype, tuple(t.shape)) for k, t in packed.tensors.items()} == packed.form.tensors()
 
 
 @pytest.mark.parametrize(

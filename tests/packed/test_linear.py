@@ -62,15 +62,7 @@ def test_what_is_no_linear_is_refused():
 def test_an_empty_one_on_meta_is_filled_by_a_state_dict(values, group):
     module = linear()
     packed = PackedLinear.from_linear(module, values, group)
-    empty = PackedLinear.empty(
-        (24, 96),
-        packed.packed.nnz,
-        values,
-        group,
-        bias=True,
-        device="meta",
-        short=packed.exponents is not None,
-    )
+    empty = PackedLinear.empty(packed.packed.form, bias=True, device="meta")
     assert all(t.is_meta for t in empty.state_dict().values())
     empty.load_state_dict(packed.state_dict(), assign=True)
     x = torch.randn(1, 96)

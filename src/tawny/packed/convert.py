@@ -199,17 +199,13 @@ class _FolderPacking:
     ) -> None:
         entry = PackedLinearEntry(
             name,
-            packed.shape,
-            packed.values,
-            packed.group,
-            packed.nnz,
-            tuple(place.sources),
-            transposed,
-            self.checkpoint.dtypes[place.sources[0]],
-            embedding,
-            place.rows,
-            place.index,
-            packed.whole,
+            **vars(packed.form),
+            sources=tuple(place.sources),
+            transposed=transposed,
+            storage=self.checkpoint.dtypes[place.sources[0]],
+            embedding=embedding,
+            rows=place.rows,
+            index=place.index,
         )
         size = self.writer.add_packed(packed, entry)
         self.linears.append(LinearForm(name, packed.shape, sparsity, "packed", size))

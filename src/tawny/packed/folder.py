@@ -31,7 +31,7 @@ from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.model.tensorfile import DTYPES, NAMES, TensorEntry
 from tawny.model.tensorfile import entries as tensors_in
 from tawny.packed import checking, format
-from tawny.packed.format import PackedTensor
+from tawny.packed.format import Form, PackedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,10 @@ class PackedLinearEntry:
     short: StrictBool = False
 
     @property
+    def form(self) -> Form:
+        return Form(self.shape, self.values, self.group, self.nnz, self.whole, self.short)
+
+    @property
     def parameter(self) -> str | None:
         """The fused parameter that an expert is part of; None for a weight that is no expert's."""
         return None if self.rows is None and self.index is None else self.name.rpartition(".")[0]
@@ -163,7 +167,7 @@ class PackedLinearEntry:
 
     def wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors that are stored, by name: those of the format, without masks where every weight is there."""
-        found = format.shapes(self.shape, self.values, self.group, self.nnz, self.whole, self.short)
+        found = self.form.tensors()
         if self.full:
             del found["masks"]
         return found

@@ -20,6 +20,7 @@ __all__ = [
     "MOVED",
     "READABLE",
     "VERSION",
+    "Form",
     "PackedTensor",
     "cheaper_whole",
     "check_dtype",
@@ -27,7 +28,6 @@ __all__ = [
     "naming",
     "pack",
     "scales_of",
-    "shapes",
     "unpack",
     "whole",
 ]
@@ -72,6 +72,48 @@ PADDING = 64  # bytes after the last value, because kernels load whole vectors
 
 
 @dataclass(frozen=True)
+class Form:
+    """What the types and shapes of a packed weight's tensors follow from.
+
+    Attributes:
+        shape: `[out, in]` of the weight.
+        nnz: survivors.
+        whole: nothing was removed, and there are no masks.
+        short: scales are codes (kernels/scales.py).
+    """
+
+    shape: tuple[int, int]
+    values: str
+    group: int | None
+    nnz: int
+    whole: bool = False
+    short: bool = False
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of every tensor, by name."""
+        kind = kind_of(self.values, self.group)
+        group = kind.span(self.group)
+        out, columns = self.shape
+        groups, blocks = -(-out // ROWS), -(-columns // COLUMNS)
+        stored = kind.stored(groups * blocks * ROWS * COLUMNS if self.whole else self.nnz)
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        if not self.whole:
+            found["masks"] = (torch.int64, (groups, blocks, ROWS))
+            found["offsets"] = (torch.int64, (groups + 1,))
+        found["values"] = (kind.dtype, (stored + PADDING // kind.dtype.itemsize,))
+        if kind.scaled:
+            rows = (groups * ROWS,)
+            found["scales"] = torch.float32, rows
+            if group:
+                dtype = torch.uint8 if self.short else torch.bfloat16
+                found["scales"] = dtype, (groups, -(-blocks * COLUMNS // group), ROWS)
+            if self.short:
+                found["exponents"] = torch.uint8, rows
+            found["sums"] = (torch.float32, rows)
+        return found
+
+
+@dataclass(frozen=True)
 class PackedTensor:
     """One packed weight: its tensors by name and what is needed to read them.
 
@@ -94,6 +136,10 @@ class PackedTensor:
         return self.shape[0] * self.shape[1] if self.whole else int(self.tensors["offsets"][-1])
 
     @property
+    def form(self) -> Form:
+        return Form(self.shape, self.values, self.group, self.nnz, self.whole, "exponents" in self.tensors)
+
+    @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
@@ -112,37 +158,6 @@ class PackedTensor:
             KINDS[self.values],
             self.group or 0,
         )
-
-
-def shapes(
-    shape: tuple[int, int],
-    values: str,
-    group: int | None,
-    nnz: int,
-    whole: bool = False,
-    short: bool = False,
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of every tensor a packed weight of `nnz` survivors consists of; `short`: scales are codes."""
-    kind = kind_of(values, group)
-    group = kind.span(group)
-    out, columns = shape
-    groups, blocks = -(-out // ROWS), -(-columns // COLUMNS)
-    stored = kind.stored(groups * blocks * ROWS * COLUMNS if whole else nnz)
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    if not whole:
-        found["masks"] = (torch.int64, (groups, blocks, ROWS))
-        found["offsets"] = (torch.int64, (groups + 1,))
-    found["values"] = (kind.dtype, (stored + PADDING // kind.dtype.itemsize,))
-    if kind.scaled:
-        rows = (groups * ROWS,)
-        found["scales"] = torch.float32, rows
-        if group:
-            dtype = torch.uint8 if short else torch.bfloat16
-            found["scales"] = dtype, (groups, -(-blocks * COLUMNS // group), ROWS)
-        if short:
-            found["exponents"] = torch.uint8, rows
-        found["sums"] = (torch.float32, rows)
-    return found
 
 
 def cheaper_whole(density: float, values: str) -> bool:

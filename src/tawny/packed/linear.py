@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from tawny.errors import UserError
 from tawny.kernels import native, ops
 from tawny.packed import format, operators
-from tawny.packed.format import PackedTensor
+from tawny.packed.format import Form, PackedTensor
 
 _TENSORS = ("masks", "values", "offsets", "scales", "exponents", "sums")
 
@@ -83,22 +83,17 @@ class PackedLinear(nn.Module):
     @classmethod
     def empty(
         cls,
-        shape: tuple[int, int],
-        nnz: int,
-        values: str = "bf16",
-        group: int | None = None,
+        form: Form,
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        whole: bool = False,
-        short: bool = False,
     ) -> PackedLinear:
         """Uninitialised buffers of the right types and shapes, on `device` ("meta" costs nothing), to be filled."""
-        wanted = format.shapes(shape, values, group, nnz, whole, short)
+        wanted = form.tensors()
         tensors = {key: torch.empty(size, dtype=kind, device=device) for key, (kind, size) in wanted.items()}
         return cls(
-            PackedTensor(tensors, shape, values, group),
-            torch.empty(shape[0], dtype=dtype, device=device) if bias else None,
+            PackedTensor(tensors, form.shape, form.values, form.group),
+            torch.empty(form.shape[0], dtype=dtype, device=device) if bias else None,
             dtype,
         )
 

@@ -112,17 +112,8 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             table = entry.embedding if entry.embedding and name == table_of(entry.embedding) else None
             old = model.get_submodule(table or name)
-            made = PackedLinear.empty(
-                entry.shape,
-                entry.nnz,
-                entry.values,
-                entry.group,
-                getattr(old, "bias", None) is not None,
-                old.weight.dtype,
-                "meta",
-                entry.whole,
-                entry.short,
-            )
+            biased = getattr(old, "bias", None) is not None
+            made = PackedLinear.empty(entry.form, biased, old.weight.dtype, "meta")
             _expect(made, entry)
             # Initialisers of some models reach for the weights of their linears; this one says it needs nothing.
             made.weight._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -180,12 +171,7 @@ def _install_experts(model: Any, folder: PackedFolder) -> None:
     for key, parameter in list(model.named_parameters()):
         if (entries := folder.experts.get(key)) is None:
             continue
-        empty = [
-            PackedLinear.empty(
-                e.shape, e.nnz, e.values, e.group, device="meta", whole=e.whole, short=e.short
-            ).packed
-            for e in entries
-        ]
+        empty = [PackedLinear.empty(entry.form, device="meta").packed for entry in entries]
         made = PackedExperts(empty, entries[0].transposed, parameter.dtype)
         for expert, entry in zip(made, entries, strict=True):
             _expect(expert, entry)

@@ -6,7 +6,6 @@ __all__ = ["PackedWriter"]
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,6 @@ class PackedWriter:
     def add_packed(self, packed: PackedTensor, entry: PackedLinearEntry) -> int:
         """Returns the bytes it takes."""
         stored = packed.tensors
-        entry = replace(entry, short="exponents" in stored)
         wanted = entry.wanted()
         for key in wanted:
             self.add(f"{entry.name}.{key}", stored[key])
