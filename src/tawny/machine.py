@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "cache_folder",
     "check_device",
     "cpu_features",
     "cpu_name",
@@ -49,6 +50,13 @@ def _kilobytes(file: str, name: str) -> int | None:
         return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
     except (OSError, StopIteration, ValueError, IndexError):
         return None
+
+
+def cache_folder() -> Path:
+    """`$TAWNY_CACHE`, else `$XDG_CACHE_HOME/tawny`, else `~/.cache/tawny`."""
+    if named := os.environ.get("TAWNY_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tawny"
 
 
 def in_package(package: str, pattern: str) -> Path | None:

@@ -18,7 +18,8 @@ from tawny.errors import CheckpointError, ModelError, OutputError, UserError
 from tawny.exporting.architectures import ARCHITECTURES
 from tawny.exporting.gguf import TYPES, _check, _stored, _Tensor
 from tawny.exporting.tokenizer import keys_of_folder, keys_of_gguf
-from tawny.model.source import _read_attention, packaged_gguf
+from tawny.model.gguf_conversion import _read_attention
+from tawny.model.source import packaged_gguf
 from tests.tiny import tiny_model, tokens
 
 WORDS = 320

@@ -20,8 +20,9 @@ import tawny
 from tawny.decoding.text import end_tokens
 from tawny.errors import CheckpointError, ModelError
 from tawny.model.checkpoint import Checkpoint
+from tawny.model.gguf_conversion import convert_gguf
 from tawny.model.shards import ShardWriter
-from tawny.model.source import convert_gguf, load_tokenizer
+from tawny.model.source import load_tokenizer
 from tests.tiny import tiny_model
 
 HIDDEN, INNER, WORDS, BLOCKS = 64, 96, 300, 2
@@ -269,7 +270,7 @@ def test_other_scaling_of_rotary_positions_is_refused_before_the_weights_are_con
 def test_a_conversion_is_on_the_disk_before_it_has_its_name(tmp_path, cache, monkeypatch):
     synced = []
     monkeypatch.setattr(
-        "tawny.model.source.durable.sync", lambda path: synced.append((path.name, path.exists()))
+        "tawny.model.gguf_conversion.durable.sync", lambda path: synced.append((path.name, path.exists()))
     )
     made = convert_gguf(write(tmp_path / "m.gguf"))
     assert {path.name for path in made.iterdir()} <= {name for name, _ in synced}

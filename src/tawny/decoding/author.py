@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from tawny.calibration.mixture import OWN, rendered
 from tawny.calibration.text import Text, joined, load_text
 from tawny.errors import RecipeError, TextError
+from tawny.machine import cache_folder
 from tawny.model import durable
 from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
 from tawny.model.context import longest_text
 from tawny.model.identity import fingerprint
-from tawny.model.source import cache_folder
 from tawny.model.structure import evaluating, predicts_tokens
 from tawny.packed.opening import load_quietly
 from tawny.process_group import ProcessGroup

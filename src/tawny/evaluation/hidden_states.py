@@ -19,10 +19,9 @@ from pathlib import Path
 from torch import Tensor
 
 from tawny.errors import CheckpointError, OutputError
-from tawny.machine import device_name, machine
+from tawny.machine import cache_folder, device_name, machine
 from tawny.model.checkpoint import is_packed
 from tawny.model.identity import code_identity, model_identity, tensor_digest
-from tawny.model.source import cache_folder
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress

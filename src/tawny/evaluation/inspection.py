@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tawny.model.checkpoint import file_bytes
-from tawny.model.source import gguf_behind, gguf_form, resolve
+from tawny.model.gguf_conversion import gguf_form
+from tawny.model.source import gguf_behind, resolve
 from tawny.model.stack import Stack
 from tawny.model.structure import head_of, staying_dense
 from tawny.model.trust import opens_models

@@ -47,9 +47,9 @@ from tawny.evaluation.task_config import (
     quiet,
 )
 from tawny.kernels.native import kernel_name
-from tawny.machine import check_device, device_name, machine
+from tawny.machine import cache_folder, check_device, device_name, machine
 from tawny.model.identity import code_identity, fingerprint
-from tawny.model.source import cache_folder, resolve
+from tawny.model.source import resolve
 from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models
 from tawny.precision import compute_dtype

@@ -16,6 +16,7 @@ from typing import Any
 
 from tawny.errors import CheckpointError, ModelError, in_one_line
 from tawny.exporting.architectures import CONVERTER
+from tawny.model.gguf_header import open_gguf
 from tawny.model.source import load_tokenizer
 
 # From llama.cpp's converter: the text, and the SHA-256 of the list of its tokens, by the name of how words are split.
@@ -46,12 +47,10 @@ def keys_of_gguf(path: Path) -> dict[str, Key]:
     Raises:
         CheckpointError: the file cannot be read, or has no tokenizer.
     """
-    from gguf import GGUFReader
-
     with in_one_line(
         CheckpointError, lambda said: f"{path} cannot be opened as a GGUF file ({said}); fetch it again"
     ):
-        fields = GGUFReader(str(path)).fields
+        fields = open_gguf(path).fields
         keys = {
             name: Key(field.contents(), (field.types[0], field.types[-1]))
             for name, field in fields.items()
