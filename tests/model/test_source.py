@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,9 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.decoding.text import end_tokens
 from tawny.errors import CheckpointError, ModelError
+from tawny.model import gguf_header
 from tawny.model.checkpoint import Checkpoint
-from tawny.model.gguf_conversion import convert_gguf
+from tawny.model.gguf_conversion import convert_gguf, gguf_form
 from tawny.model.shards import ShardWriter
 from tawny.model.source import load_tokenizer
 from tests.tiny import tiny_model
@@ -40,13 +42,14 @@ def write(
     experts: int = 0,
     turn: int | None = None,
     kinds: Sequence[gguf.GGMLQuantizationType] = (),
+    order: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
     """A tiny LLaMA, or Qwen3 with experts; `zeros` are columns of the last down projection that are pruned.
 
     With `kinds`, each block's down projection has another type. `rope` are keys of rotary positions, `more` tensors.
     """
     blocks = len(kinds) or BLOCKS
-    writer = gguf.GGUFWriter(str(path), "qwen3moe" if experts else "llama")
+    writer = gguf.GGUFWriter(str(path), "qwen3moe" if experts else "llama", endianess=order)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(blocks)
@@ -336,6 +339,40 @@ def test_a_part_of_a_split_file_is_refused_in_one_line(tmp_path, cache):
 def test_a_whole_file_that_was_split_into_one_part_is_no_part(tmp_path):
     shutil.move(write(tmp_path / "m.gguf"), tmp_path / "m-00001-of-00001.gguf")
     assert re.match("m-00001-of-00001-", convert_gguf(tmp_path / "m-00001-of-00001.gguf").name)
+
+
+@pytest.mark.parametrize("order", [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG])
+@pytest.mark.parametrize(
+    ("at", "kind", "said"),
+    [
+        (8, "Q", "tensors"),
+        ("count", "Q", "items"),
+        ("key", "Q", "characters"),
+        (16, "Q", "numbers|characters|items|type"),
+    ],
+)
+def test_a_header_that_asks_for_more_than_the_file_holds_is_refused_in_one_line(
+    at, kind, said, order, tmp_path, cache
+):
+    """`gguf` would make an object for each of 2⁶² items."""
+    path = write(tmp_path / "m.gguf", order=order)
+    data, key = bytearray(path.read_bytes()), b"tokenizer.ggml.scores"
+    places = {"key": data.index(key) - 8, "count": data.index(key) + len(key) + 8}
+    struct.pack_into((">" if order else "<") + kind, data, places.get(at, at), 1 << 62)
+    path.write_bytes(data)
+    for read in (convert_gguf, gguf_form):
+        with pytest.raises(CheckpointError, match=rf"m\.gguf cannot be opened .*({said})") as caught:
+            read(path)
+        assert "\n" not in str(caught.value) and not list(cache.glob("*"))
+
+
+def test_lists_longer_than_any_tokenizer_has_are_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf_header, "_MOST_ITEMS", 3 * WORDS)
+    assert gguf_form(path) == "GGUF F32, opened as bfloat16"
+    monkeypatch.setattr(gguf_header, "_MOST_ITEMS", 3 * WORDS - 1)
+    with pytest.raises(CheckpointError, match=f"its lists hold {3 * WORDS:,} items; expected at most"):
+        gguf_form(path)
 
 
 @pytest.mark.parametrize("key", [b"tokenizer.ggml.tokens", b"tokenizer.ggml.model"])
