@@ -60,6 +60,16 @@ def hub(monkeypatch):
     return Hub
 
 
+def test_a_link_that_leads_out_of_the_folder_is_not_uploaded(out, hub, tmp_path):
+    (tmp_path / "secret").write_text("word")
+    (out / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(
+        CheckpointError, match=r"notes\.txt is a link to .*secret, outside the model's folder"
+    ):
+        push(out, "owner/name")
+    assert not hub.calls
+
+
 def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(out, hub):
     report = push(out, "someone/model", dry_run=True)
     assert not hub.calls and report.url == ""

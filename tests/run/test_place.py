@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tawny.errors import OutputError
+from tawny.errors import CheckpointError, OutputError
 from tawny.model import durable
 from tawny.run.journal import JOURNAL
 from tawny.run.place import Workplace, place_of, spare
@@ -140,6 +140,36 @@ def test_links_to_nothing_and_folders_in_a_source_are_not_carried(tmp_path):
     writer = CheckpointWriter(output)
     writer.carry(source)
     assert sorted(path.name for path in writer.folder.iterdir()) == ["config.json"]
+    output.discard()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "README.md", "1_Pooling/config.json"])
+def test_a_link_that_leads_out_of_a_model_is_refused_before_the_work(tmp_path, name):
+    source = model_in(tmp_path / "source")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "config.json").write_text("{}")
+    link, _, below = name.partition("/")
+    (source / link).symlink_to(tmp_path / "secrets" if below else "../secrets/config.json")
+    with pytest.raises(CheckpointError, match=rf"{name} is a link to .*config.json, outside") as caught:
+        claimed(tmp_path / "out", source=source)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("repository", ["models--owner--name", "moved"])
+def test_links_of_the_hubs_cache_and_within_a_folder_are_carried(tmp_path, repository):
+    blobs, source = tmp_path / repository / "blobs", tmp_path / repository / "snapshots" / ("a" * 40)
+    for folder in (blobs, source):
+        folder.mkdir(parents=True)
+    model_in(tmp_path / "model")
+    (tmp_path / "model" / "config.json").rename(blobs / "1f")
+    (source / "config.json").symlink_to("../../blobs/1f")
+    (source / "LICENSE").write_text("all of it")
+    (source / "LICENSE.txt").symlink_to("LICENSE")
+    output = claimed(tmp_path / "out", source=source)
+    writer = CheckpointWriter(output)
+    writer.carry(source)
+    assert sorted(path.name for path in writer.folder.iterdir()) == ["LICENSE", "LICENSE.txt", "config.json"]
+    assert not any(path.is_symlink() for path in writer.folder.iterdir())
     output.discard()
 
 

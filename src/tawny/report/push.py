@@ -13,6 +13,7 @@ from typing import Any
 
 from tawny.errors import CheckpointError, MissingFeature, OutputError, first_line
 from tawny.model.checkpoint import INDEX, is_packed, weight_paths
+from tawny.model.companions import check_inside
 from tawny.packed.folder import PackedFolder
 from tawny.progress import Progress, silent
 from tawny.record import weight_files
@@ -61,7 +62,7 @@ def push(
         dry_run: check and list, without network.
 
     Raises:
-        CheckpointError: the folder is unfinished, not Tawny's, or not what its run.json says.
+        CheckpointError: the folder is unfinished, not Tawny's, or not what its run.json says, or holds links that lead out of it.
         OutputError: the repository's name is not valid, or the hub refuses.
     """
     folder = Path(folder)
@@ -74,6 +75,8 @@ def push(
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.endswith(_LEFT_OUT) and not _hidden(path.relative_to(folder))
     }
+    for name in files:
+        check_inside(folder / name, folder)
     notes = []
     if not metadata.get("license"):
         notes.append(

@@ -36,6 +36,7 @@ from torch import nn
 
 from tawny.errors import OutputError
 from tawny.model import durable
+from tawny.model.companions import companions
 from tawny.model.durable import locked, writing
 from tawny.model.source import resolve
 from tawny.run.journal import JOURNAL, Journal
@@ -162,11 +163,16 @@ class Workplace:
 
         Raises:
             OutputError: OUT exists, the place is another run's, another process holds it, or nothing can be written there.
+            CheckpointError: a model's folder holds a link that leads out of it.
         """
         self._overwrite = overwrite
         for what, read in reads:
             if read.exists():
                 spare((self.out, self.path), read, what)
+            if read.is_dir():
+                companions(
+                    read, ("README.md",)
+                )  # what is carried along at the end is refused before the work
         self._mend()
         journal = Journal(self.path if continues else None)
         keep = self._keeps(journal)

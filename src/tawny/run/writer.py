@@ -16,18 +16,12 @@ import torch
 from tawny.errors import ModelError, one_line
 from tawny.model import durable
 from tawny.model.checkpoint import INDEX, Checkpoint
+from tawny.model.companions import companions
 from tawny.model.durable import writing
-from tawny.model.quantised import BESIDE
 from tawny.model.shards import SHARD_BYTES, index_of, shard_names
 from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_tensors
 from tawny.precision import cast
 from tawny.run.place import Workplace
-
-# Everything that is not weights travels with the model, except what describes weights of another format.
-_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
-# What sentence-transformers keeps of its modules, such as 1_Pooling/config.json, and a tokenizer of its further templates.
-_PARTS = ("[0-9]_*/*.json", "[0-9]_*/*.safetensors", "additional_chat_templates/*.jinja")
-_NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json", "slim.json", *BESIDE}
 
 
 def check_savable(model: Any) -> None:
@@ -116,17 +110,15 @@ class CheckpointWriter:
         """Copy configuration, tokenizer and licence files of `source`, and those of the names `also` that it has.
 
         The configuration no longer says how the source was quantised: weights are written as floats.
+
+        Raises:
+            CheckpointError: one of them is a link that leads out of `source`.
         """
-        # A link to nothing, such as a cleaned cache leaves, is no file.
-        names = {p.name for pattern in _CARRIED for p in source.glob(pattern) if p.is_file()} - _NOT_CARRIED
-        named = {name for name in also if (source / name).is_file()}
         with writing(self.folder):
-            for name in {name for name in names if not name.endswith(".index.json")} | named:
-                shutil.copyfile(source / name, self.folder / name)
-            for part in (part for pattern in _PARTS for part in source.glob(pattern)):
-                if part.is_file():
-                    (self.folder / part.parent.name).mkdir(exist_ok=True)
-                    shutil.copyfile(part, self.folder / part.parent.name / part.name)
+            for path in companions(source, also):
+                copy = self.folder / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
             path = self.folder / "config.json"
             config = json.loads(path.read_text(encoding="utf-8"))
             if config.pop("quantization_config", None) is not None:
