@@ -26,7 +26,7 @@ from tawny.calibration.pictures import BrokenPicture, pixels_of, whole
 from tawny.errors import ModelError, RecipeError, TextError
 from tawny.evaluation.hidden_states import stream_through
 from tawny.evaluation.labels import Labelled, read_labels
-from tawny.evaluation.sources import open_stack_of
+from tawny.evaluation.sources import name_of, open_stack_of
 from tawny.machine import peak_memory
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples
@@ -133,19 +133,13 @@ def accuracy(
         data=in_words(data),
         labels=str(labels),
         sha256=shown.digest.hexdigest(),
-        against=_named(dense),
+        against=None if dense is None else name_of(dense),
         compute=str(stacks[0].compute).removeprefix("torch."),
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(),
         unlabelled=known.unlabelled,
         skipped=shown.broken,
     )
-
-
-def _named(dense: str | Path | nn.Module | None) -> str | None:
-    if dense is None:
-        return None
-    return type(dense).__name__ if isinstance(dense, nn.Module) else str(dense)
 
 
 def _shares(hits: list[Tensor]) -> dict[str, Any]:

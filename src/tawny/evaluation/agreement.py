@@ -33,7 +33,7 @@ from tawny.evaluation.perplexity import (
     vocabulary_of,
     windows_of,
 )
-from tawny.evaluation.sources import open_stack_of
+from tawny.evaluation.sources import name_of, open_stack_of
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples
 from tawny.model.structure import evaluating
@@ -105,9 +105,7 @@ def agreement(
     start = time.perf_counter()
     opened = [open_stack_of(model, compute, device, progress.say) for model in (dense, source)]
     dense_stack, stack = (each for each, _ in opened)
-    called, own = (
-        type(model).__name__ if isinstance(model, nn.Module) else str(model) for model in (dense, source)
-    )
+    called, own = name_of(dense), name_of(source)
     if vocabulary_of(stack) != vocabulary_of(dense_stack):
         raise ModelError(
             f"{called} knows {vocabulary_of(dense_stack):,} tokens and {own} {vocabulary_of(stack):,}: "

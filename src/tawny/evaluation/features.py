@@ -34,7 +34,7 @@ from tawny.calibration.mixture import Texts, load_texts
 from tawny.calibration.windows import SEED_APART, evaluation_windows, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.hidden_states import stream_through
-from tawny.evaluation.sources import open_stack_of, shared_tokenizer
+from tawny.evaluation.sources import name_of, open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
 from tawny.model.context import check_ids, seqlen_of
 from tawny.model.stack import TOKENS, Stack
@@ -131,7 +131,7 @@ def features(
         **about,
         samples=len(given),
         seqlen=given.seqlen,
-        against=type(dense).__name__ if isinstance(dense, nn.Module) else str(dense),
+        against=name_of(dense),
         compute=str(stacks[1].compute).removeprefix("torch."),
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(),

@@ -16,6 +16,11 @@ from tawny.packed.opening import open_stack
 from tawny.precision import compute_dtype
 
 
+def name_of(source: str | Path | nn.Module) -> str:
+    """What a result calls a model: as it was given, or the class of a live one."""
+    return type(source).__name__ if isinstance(source, nn.Module) else str(source)
+
+
 def reads_on(source: str | Path | nn.Module) -> bool:
     """Whether a model predicts the next token of a text, without reading weights."""
     from transformers import AutoModelForCausalLM
