@@ -25,8 +25,8 @@ from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError, 
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.progress import Silent
 from tawny.pruning import session as session_module
-from tawny.pruning.block import LoadedBlock
 from tawny.run.journal import Journal
+from tawny.run.walk import Advance
 from tawny.solvers import SOLVERS
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike
@@ -357,13 +357,13 @@ def test_a_live_model_is_dense_again_when_a_finalist_breaks_down_and_uniform_win
     before = {name: value.clone() for name, value in model.state_dict().items()}
     real = module.rehearse
 
-    def fails(block):
+    def fails(self, block):
         seen.append(any(not torch.equal(value, before[name]) for name, value in model.state_dict().items()))
         raise NumericalError("NaN")
 
     def breaks(*args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(LoadedBlock, "advance", fails)
+            patch.setattr(Advance, "visit", fails)
             try:
                 return real(*args, **kwargs)
             finally:

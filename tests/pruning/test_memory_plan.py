@@ -17,11 +17,10 @@ from tawny.errors import RecipeError
 from tawny.model.linears import linears_of
 from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.packed.opening import open_stack
-from tawny.pruning import run as run_module
 from tawny.pruning import session as session_module
 from tawny.pruning.memory_plan import Load, parse_size, peak, sharing_inputs
 from tawny.pruning.prepare import demand_of, prepare
-from tawny.pruning.walk import solve_stage
+from tawny.pruning.visitors import Solve
 from tawny.recipe.merge import resolve_recipe
 from tawny.run import journal as journal_module
 from tawny.solvers.sparsegpt import SparseGPT
@@ -211,13 +210,13 @@ def test_embedding_and_head_are_no_part_of_the_walks(tmp_path, monkeypatch, fami
     outside = sum(p.numel() for p in stack.model.get_input_embeddings().parameters())
     for name, parts in phases.items():
         assert (parts["embeddings"] > outside) == (name in ("text", "read", "embed")), name
-    here = []
+    here, visit = [], Solve.visit
 
-    def walked(block, *rest):
-        here.append([p for p in block.job.stack.model.parameters() if not p.is_meta])
-        return solve_stage(block, *rest)
+    def visited(self, block):
+        here.append([p for p in block.stack.model.parameters() if not p.is_meta])
+        visit(self, block)
 
-    monkeypatch.setattr(run_module, "solve_stage", walked)
+    monkeypatch.setattr(Solve, "visit", visited)
     tawny.prune(tmp_path / "dense", tmp_path / "out", **OPTIONS, calibration=tokens())
     names = {linear.name for linear in linears_of(stack.blocks[0], stack.name(0))}
     assert here and all(len(some) == len(here[0]) >= len(names) for some in here)

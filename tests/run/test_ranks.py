@@ -27,13 +27,13 @@ journal.SHARE = float("inf")
 dense, out, solver, dying = sys.argv[1:5]
 
 if dying and os.environ.get("RANK") == "1":
-    from tawny.pruning.block import LoadedBlock
-    write = LoadedBlock.write
-    def last(self):
-        if self.index == int(dying):
+    from tawny.pruning.visitors import Write
+    write = Write.visit
+    def last(self, block):
+        if block.index == int(dying):
             os.kill(os.getpid(), signal.SIGKILL)
-        write(self)
-    LoadedBlock.write = last
+        write(self, block)
+    Write.visit = last
 with console_for(False):
     tawny.prune(dense, out, sparsity=0.6, allocator="owl", solver=solver, compute="float32",
                 calibration=tokens(16, 512), progress=Silent())

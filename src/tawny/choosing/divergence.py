@@ -8,23 +8,27 @@ from __future__ import annotations
 
 __all__ = ["Reference", "Scorer"]
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from tawny.choosing.demand import candidates_at_once
+from tawny.choosing.rehearsal import HELD_OUT
 from tawny.choosing.scores import Scores, WindowSums, mean
 from tawny.choosing.solving import LevelStore
 from tawny.choosing.space import Levels
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
-from tawny.progress import Progress
+from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.pruning.prepare import Job
+from tawny.run.run import Run
+from tawny.run.walk import Block, Visitor, walk
 
 _CACHED_BYTES = 8_000_000  # of float32 logits that softmax and product read again before they leave the cache
 
@@ -110,9 +114,9 @@ class Scorer:
         order = sorted(candidates)
         for start in range(0, len(order), at_once):
             some = order[start : start + at_once]
-            stream = Stream(self.stack, samples)
-            parts = self._walk(stream, dict(enumerate(some)))
-            found = self._compare(stream, rows, parts)
+            trying = _Try(self, some)
+            streams = walk(Run.unkept(silent), self.stack, {HELD_OUT: samples}, [trying])
+            found = self._compare(streams[HELD_OUT], rows, trying.parts)
             self.scores.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
 
     def judge(self, stream: Stream, windows: Sequence[int]) -> tuple[float, list[float]]:
@@ -136,36 +140,6 @@ class Scorer:
     def samples(self, windows: Sequence[int]) -> Samples:
         """The numbered windows."""
         return self.held_out.take(list(windows))
-
-    def _walk(self, stream: Stream, candidates: Mapping[int, Levels]) -> list[_Agreeing]:
-        """Hidden states of all candidates behind the last block."""
-        parts = [_Agreeing(list(candidates), list(stream.hidden))]
-        first = 0
-        for index, linears in enumerate(self.by_block):
-            here = slice(first, first + len(linears))
-            first += len(linears)
-            by_levels: dict[Levels, list[tuple[_Agreeing, list[int]]]] = {}
-            for part in parts:
-                split: dict[Levels, list[int]] = {}
-                for i in part.members:
-                    split.setdefault(candidates[i][here], []).append(i)
-                for levels, members in split.items():
-                    by_levels.setdefault(levels, []).append((part, members))
-            parts = []
-            done, total = 0, sum(map(len, by_levels.values()))
-            with self.stack.block(index), _Assembled(self.stack, self.store, index, linears) as block:
-                for levels, some in by_levels.items():
-                    block.set(levels)
-                    for part, members in some:
-                        made = [
-                            self.stack.forward(index, hidden, stream.call(index, chunk))
-                            for chunk, hidden in enumerate(part.hidden)
-                        ]
-                        parts.append(_Agreeing(members, made))
-                        self.scores.tokens += stream.samples.tokens.numel()
-                        done += 1
-                        self.progress.detail(f"block {index}", done, total)
-        return parts
 
     def _compare(
         self, stream: Stream, rows: Sequence[int], parts: Sequence[_Agreeing]
@@ -199,6 +173,47 @@ class Scorer:
                 kept = lost if valid is None else lost[valid[some].to(lost.device)]
                 own.append(float(kept.sum(dtype=torch.float64)))
         return [WindowSums(count, tuple(own)) for own in sums]
+
+
+@final
+class _Try(Visitor):
+    """Takes candidates through each block, whose linears are set to their levels; those that agree so far go together.
+
+    Attributes:
+        parts: all candidates, by their place in what was given.
+    """
+
+    def __init__(self, scorer: Scorer, candidates: Sequence[Levels]) -> None:
+        self.scorer, self.candidates = scorer, candidates
+        self.parts: list[_Agreeing] = []
+        self._first = 0  # place of the first linear of the next block
+
+    def visit(self, block: Block) -> None:
+        scorer, stream, index = self.scorer, block.streams[HELD_OUT], block.index
+        linears = scorer.by_block[index]
+        here = slice(self._first, self._first + len(linears))
+        self._first = here.stop
+        by_levels: dict[Levels, list[tuple[_Agreeing, list[int]]]] = {}
+        for part in self.parts or [_Agreeing(list(range(len(self.candidates))), list(stream.hidden))]:
+            split: dict[Levels, list[int]] = {}
+            for i in part.members:
+                split.setdefault(self.candidates[i][here], []).append(i)
+            for levels, members in split.items():
+                by_levels.setdefault(levels, []).append((part, members))
+        self.parts = []
+        done, total = 0, sum(map(len, by_levels.values()))
+        with _Assembled(block.stack, scorer.store, index, linears) as assembled:
+            for levels, some in by_levels.items():
+                assembled.set(levels)
+                for part, members in some:
+                    hidden = [
+                        block.stack.forward(index, one, stream.call(index, chunk))
+                        for chunk, one in enumerate(part.hidden)
+                    ]
+                    self.parts.append(_Agreeing(members, hidden))
+                    scorer.scores.tokens += stream.samples.tokens.numel()
+                    done += 1
+                    scorer.progress.detail(f"block {index}", done, total)
 
 
 class _Assembled:

@@ -74,7 +74,7 @@ def judge_all(
                 broken.append(f"{finalist.name} breaks down and takes no part: {error}")
             else:
                 judged.append(Judged(finalist, folder, row))
-        session.note_cost()
+        session.run.note_cost()
     return judged, broken
 
 

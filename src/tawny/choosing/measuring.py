@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -34,19 +34,22 @@ from tawny.choosing.demand import TOGETHER
 from tawny.choosing.divergence import Scorer
 from tawny.choosing.level import KINDS_TRIED, PROBE, SPARSITIES, Measures
 from tawny.choosing.packed_size import PackedSize
-from tawny.choosing.rehearsal import rehearsing
+from tawny.choosing.rehearsal import HELD_OUT, rehearsing
 from tawny.choosing.solving import WALK, LevelStore, key_of, level_dtype
 from tawny.errors import NumericalError
+from tawny.evaluation.hidden_states import stream_through
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
-from tawny.model.streams import Samples, Stream
+from tawny.model.streams import Samples
 from tawny.model.tensorfile import TensorWriter
 from tawny.packed import format
 from tawny.packed.choice import pack_end
-from tawny.pruning.block import LoadedBlock
+from tawny.progress import silent
+from tawny.pruning.block import PRUNED, PrunedBlock
 from tawny.pruning.prepare import Job
 from tawny.pruning.session import Session
-from tawny.pruning.walk import walk_blocks
+from tawny.pruning.visitors import samples_of
+from tawny.run.walk import Advance, Block, Visitor, walk
 from tawny.solvers.base import Solution, on_grid, reconstruction_error
 from tawny.solvers.grid import largest
 from tawny.solvers.wanda import Wanda
@@ -88,33 +91,51 @@ def measure(
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
     """
-    journal, stack = session.run.journal, session.job.stack
-    done, found = journal.walk(WALK)
-    errors: dict[str, Any] = found.get("errors", {})
-    rehearsal = rehearsing(session, samples, journal)
-    dense = Stream(stack, held_out, depth=done, saved=journal.hidden(WALK, "held_out"))
+    rehearsal = rehearsing(session, samples)
+    given = {**samples_of(rehearsal), HELD_OUT: held_out}
+    rounding = _Round(rehearsal, store)
+    streams = walk(
+        session.run,
+        session.job.stack,
+        given,
+        [Advance(HELD_OUT), rounding, Advance(PRUNED)],
+        name=WALK,
+        phase="measuring what bits and zeros cost",
+        ends=[HELD_OUT],
+        drop_outside=True,
+    )
+    measures = {name: Measures(**errors) for name, errors in rounding.errors.items()}
+    return measures, torch.cat(list(streams[HELD_OUT].hidden))
 
-    def commit(blocks: int, streams: Mapping[str, Stream | None]) -> None:
-        store.settle(blocks)
-        session.note_cost()
-        journal.commit(WALK, blocks, {"errors": errors}, {**streams, "held_out": dense})
 
-    session.run.progress.phase("measuring what bits and zeros cost", len(stack) - done)
-    for block in walk_blocks(rehearsal, {}, WALK, commit):
-        dense.advance(block.index)
+@final
+class _Round(Visitor):
+    """Measures the errors of each linear, and puts its probe into the store; blocks stay dense."""
+
+    def __init__(self, session: Session, store: LevelStore) -> None:
+        self.session, self.store = session, store
+        self.errors: dict[str, Any] = {}
+
+    def begin(self, kept: Mapping[str, Any]) -> None:
+        self.errors = dict(kept.get("errors", {}))
+
+    def keep(self, blocks: int) -> Mapping[str, Any]:
+        self.store.settle(blocks)
+        return {"errors": self.errors}
+
+    def visit(self, block: Block) -> None:
+        dense, store = PrunedBlock(self.session, block, {}), self.store
         path = store.path(block.index)
-        specs = {key_of(linear, PROBED): (store.dtype, linear.shape) for linear in block.linears}
+        specs = {key_of(linear, PROBED): (store.dtype, linear.shape) for linear in dense.linears}
         with writing(path), TensorWriter(path, specs) as writer:
-            for stage, statistics in block.stages():
+            for stage, statistics in dense.stages():
                 for linear in stage.linears:
-                    errors[linear.name], probe_OI = _rounded(block, linear, statistics)
+                    self.errors[linear.name], probe_OI = _rounded(dense, linear, statistics)
                     writer.write(key_of(linear, PROBED), probe_OI.to(store.dtype).cpu())
-        block.advance()
-    return {name: Measures(**found) for name, found in errors.items()}, torch.cat(list(dense.hidden))
 
 
 def _rounded(
-    block: LoadedBlock, linear: Linear, statistics: Mapping[str, Statistics]
+    block: PrunedBlock, linear: Linear, statistics: Mapping[str, Statistics]
 ) -> tuple[dict[str, Any], Tensor]:
     """The errors of one linear, and its probe."""
     job, values = block.job, block.job.recipe.values
@@ -234,10 +255,7 @@ def _through(session: Session, samples: Samples, embedding: str | None, made: Te
     """`[windows, tokens, hidden]` behind the last block with another embedding."""
     stack = session.job.stack
     with _weight(stack.model.get_submodule(str(embedding)), made):
-        stream = Stream(stack, samples)
-        for index in range(len(stack)):
-            with stack.block(index):
-                stream.advance(index)
+        stream = stream_through(stack, samples, silent, "")
     return torch.cat(list(stream.hidden))
 
 

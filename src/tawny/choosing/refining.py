@@ -78,7 +78,7 @@ def _refined(
     try:
         with store:
             solved = solve_levels(
-                session, space, store, samples=samples, held_out=searched, walk=WALK, note=clock.note
+                session, space, store, samples=samples, held_out=searched, name=WALK, note=clock.note
             )
             scores = Scores(store.folder / "scores.jsonl")
             scorer = Scorer(session.job, store, searched, solved.hidden, session.run.progress, scores)

@@ -7,25 +7,29 @@ quicker solver. So what wins there need not win in a run.
 
 from __future__ import annotations
 
-__all__ = ["dense_again", "rehearse", "rehearsing"]
+__all__ = ["HELD_OUT", "Restore", "rehearse", "rehearsing"]
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import final
 
 from tawny.allocation.profile import Allocation
-from tawny.errors import NumericalError
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress, Silent
-from tawny.pruning.block import LoadedBlock
+from tawny.pruning.block import PRUNED
+from tawny.pruning.prepare import Job
 from tawny.pruning.session import Session
-from tawny.pruning.walk import solve_stage, walk_blocks
+from tawny.pruning.visitors import Solve, samples_of
 from tawny.record import Record
 from tawny.run.journal import Journal
+from tawny.run.run import Run
+from tawny.run.walk import Advance, Block, Visitor, walk
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
 
 WALK = "rehearsal"
+HELD_OUT = "held_out"  # the samples that models are compared by
 
 
 class _Steps(Silent):
@@ -35,33 +39,28 @@ class _Steps(Silent):
         self._progress, self._name = progress, name
 
     def step(self, text: str) -> None:
-        self._progress.step(f"{self._name}, {text}" if self._name else text)
+        self._progress.step(f"{self._name}, {text}")
 
     def detail(self, text: str, done: int, total: int) -> None:
         self._progress.detail(text, done, total)
 
 
 def rehearsing(
-    session: Session,
-    samples: Samples,
-    journal: Journal,
-    solver: Solver | MemberSolver | None = None,
-    name: str = "",
+    session: Session, samples: Samples, solver: Solver | MemberSolver | None = None, run: Run | None = None
 ) -> Session:
     """The same session with a record of its own, no output, and no refining.
 
     Args:
         samples: calibration tokens.
-        journal: where the walk is kept.
         solver: in place of the recipe's.
-        name: told with every step.
+        run: in place of the session's.
     """
     recipe = replace(session.job.recipe, refine=replace(session.job.recipe.refine, epochs=0))
     return replace(
         session,
         job=replace(session.job, recipe=recipe, solver=solver or session.job.solver),
-        run=replace(session.run, journal=journal, progress=_Steps(session.run.progress, name)),
         samples=samples,
+        run=run or session.run,
         output=None,
         record=Record(),
     )
@@ -75,44 +74,42 @@ def rehearse(
     Args:
         session: its stack is dense before and after.
         samples: calibration tokens.
+        name: told with every step.
 
     Raises:
         NumericalError: a solve or a pruned block gives NaN or infinity.
     """
-    rehearsal = rehearsing(session, samples, Journal(None), name=name)
-    stream = Stream(session.job.stack, held_out)
+    run = replace(session.run, journal=Journal(None), progress=_Steps(session.run.progress, name))
+    rehearsal = rehearsing(session, samples, run=run)
+    given = {**samples_of(rehearsal), HELD_OUT: held_out}
+    visitors = [Restore(session.job), Solve(rehearsal, allocation), Advance(PRUNED, HELD_OUT)]
     try:
-        for block in walk_blocks(rehearsal, allocation, WALK, lambda blocks, streams: None):
-            with dense_again(block):
-                for stage, statistics in block.stages():
-                    solve_stage(block, stage, statistics)
-                block.advance()
-                stream.advance(block.index)
+        streams = walk(run, session.job.stack, given, visitors, name=WALK, ends=[HELD_OUT], drop_outside=True)
+        return streams[HELD_OUT]
     finally:
-        forget_spilled(rehearsal)
-    return stream
+        spilled = run.spill(WALK, PRUNED)
+        for left in [] if spilled is None else spilled.parent.glob(f"{spilled.name}.*"):
+            left.unlink(missing_ok=True)
 
 
-def forget_spilled(session: Session) -> None:
-    """Remove the hidden states of a rehearsal that were kept on disk."""
-    spilled = session.run.spill(WALK)
-    for left in [] if spilled is None else spilled.parent.glob(f"{spilled.name}.*"):
-        left.unlink(missing_ok=True)
+@final
+class Restore(Visitor):
+    """Gives a live model its weights back; those of a checkpoint are dropped in any case, and read anew."""
 
+    def __init__(self, job: Job) -> None:
+        self.linears = [() if job.stack.checkpoint else linears for linears in job.by_block]
 
-@contextmanager
-def dense_again(block: LoadedBlock) -> Iterator[None]:
-    """A live model gets its weights back; those of a checkpoint are dropped in any case, and read anew."""
-    stack, linears = block.job.stack, block.linears
-    live = () if stack.checkpoint else linears
-    kept = [(linear, stack.stored_weight(linear), stack.bias(linear)) for linear in live]
-    try:
-        yield
-    except NumericalError:
-        stack.release(block.index)  # the search goes on
-        raise
-    finally:
-        for linear, weight_OI, bias_O in kept:
-            stack.set_weight(linear, weight_OI)
-            if bias_O is not None:
-                stack.set_bias(linear, bias_O)
+    @contextmanager
+    def around(self, block: Block) -> Iterator[None]:
+        stack, linears = block.stack, self.linears[block.index]
+        kept = [(linear, stack.stored_weight(linear), stack.bias(linear)) for linear in linears]
+        try:
+            yield
+        finally:
+            for linear, weight_OI, bias_O in kept:
+                stack.set_weight(linear, weight_OI)
+                if bias_O is not None:
+                    stack.set_bias(linear, bias_O)
+
+    def visit(self, block: Block) -> None:
+        """The others have all changed it by then."""

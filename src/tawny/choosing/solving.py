@@ -14,31 +14,32 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, final
 
 import torch
 from torch import Tensor
 
 from tawny.allocation.joint import Survey
 from tawny.allocation.profile import Profile
-from tawny.calibration.observe import Stage, observe
+from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Statistics
 from tawny.choosing.level import Level
-from tawny.choosing.rehearsal import dense_again, rehearsing
+from tawny.choosing.rehearsal import HELD_OUT, Restore, rehearsing
 from tawny.choosing.space import Space
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
-from tawny.model.streams import Samples, Stream
+from tawny.model.streams import Samples
 from tawny.model.tensorfile import TensorEntry, TensorWriter, entries, free_bytes, read_tensor
-from tawny.pruning.block import LoadedBlock
+from tawny.pruning.block import PRUNED, PrunedBlock
 from tawny.pruning.members import seen_by, without_members
 from tawny.pruning.prepare import profile_count
-from tawny.pruning.profiling import LazyWeights, measured, places, with_stages
+from tawny.pruning.profiling import PROFILED, Profiling
 from tawny.pruning.session import Session
-from tawny.pruning.walk import walk_blocks
+from tawny.pruning.visitors import samples_of
+from tawny.run.walk import Advance, Block, Visitor, walk
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
 
@@ -171,7 +172,7 @@ def solve_levels(
     held_out: Samples,
     solver: Solver | MemberSolver | None = None,
     survey: Survey | None = None,
-    walk: str = WALK,
+    name: str = WALK,
     note: Callable[[], None] = lambda: None,
 ) -> Solved:
     """Walk through the model once, behind blocks that are solved at the levels of `space.uniform`.
@@ -183,88 +184,76 @@ def solve_levels(
         held_out: windows to compare models on.
         solver: in place of the recipe's, a quicker one.
         survey: what candidates want to know of the dense model, on as many samples as an allocator alone would see.
-        walk: what the journal calls it.
+        name: what the journal calls the walk.
         note: called before the journal is written.
 
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
     """
-    job, journal = session.job, session.run.journal
-    stack = job.stack
-    done, found = journal.walk(walk)
-    measures: list[dict[str, Any]] = found.get("measures", [])
-    stages: dict[str, str] = found.get("stages", {})
-    rehearsal = rehearsing(session, samples, journal, solver)
-    rehearsal.record.warnings += found.get("warnings", [])
-    dense = Stream(stack, held_out, depth=done, saved=journal.hidden(walk, "held_out"))
-    seen: Stream | None = None
-    if survey is not None and survey.needs != "none" and done < len(stack):
-        some = samples.first(profile_count(job.recipe, len(samples), samples.seqlen))
-        seen = Stream(stack, some, depth=done, saved=journal.hidden(walk, "measured"))
-
-    def commit(blocks: int, streams: Mapping[str, Stream | None]) -> None:
-        if journal.folder is None:
-            return
-        store.settle(blocks)
-        kept = {**streams, "held_out": dense, "measured": seen if blocks < len(stack) else None}
-        session.note_cost()
-        note()
-        told = {"measures": measures, "stages": stages, "warnings": rehearsal.record.warnings}
-        journal.commit(walk, blocks, told, kept)
-
-    def look(block: LoadedBlock, survey: Survey) -> None:
-        """What candidates want to know of a dense block."""
-        statistics: Mapping[str, Statistics] = {}
-        if seen is not None:
-            last = block.index == len(stack) - 1
-            observed = observe(seen, block.index, block.linears, survey.needs, advance=not last)
-            stages.update(places(observed.stages))
-            statistics = observed.statistics
-        inputs = LazyWeights(stack, block.linears, statistics)
-        inputs.check_finite()
-        measures.append(measured(survey, inputs, stack.name(block.index)))
-
-    wanted = _Wanted.of(space)
-    before = {x.name: space.sparsity(i, wanted.left[x.name]) for i, x in enumerate(space.linears)}
-    session.run.progress.phase("solving at each level", len(stack) - done)
-    for block in walk_blocks(rehearsal, before, walk, commit):
-        with dense_again(block):
-            dense.advance(block.index)
-            if survey is not None:
-                look(block, survey)
-            _solve_block(block, wanted, store)
-            block.advance()
-    profile = Profile(with_stages(job.linears, stages), tuple(measures))
-    return Solved(profile, torch.cat(list(dense.hidden)), rehearsal.record.warnings)
+    job = session.job
+    rehearsal = rehearsing(session, samples, solver)
+    given = {**samples_of(rehearsal), HELD_OUT: held_out}
+    profiling = None if survey is None else Profiling(job, survey)
+    if survey is not None and survey.needs != "none":
+        given[PROFILED] = samples.first(profile_count(job.recipe, len(samples), samples.seqlen))
+    visitors: list[Visitor] = [Restore(job), Advance(HELD_OUT), *([] if profiling is None else [profiling])]
+    visitors += [_SolveLevels(rehearsal, space, store, note), Advance(PRUNED)]
+    streams = walk(
+        session.run,
+        job.stack,
+        given,
+        visitors,
+        name=name,
+        phase="solving at each level",
+        ends=[HELD_OUT],
+        drop_outside=True,
+    )
+    profile = Profile(job.linears) if profiling is None else profiling.profile
+    return Solved(profile, torch.cat(list(streams[HELD_OUT].hidden)), rehearsal.record.warnings)
 
 
-def _solve_block(block: LoadedBlock, wanted: _Wanted, store: LevelStore) -> None:
-    """Every linear of one block at every level that changes something, a tensor at a time onto the disk.
+@final
+class _SolveLevels(Visitor):
+    """Solves every linear of a block at every level that changes something, a tensor at a time onto the disk.
 
-    Each stage is solved behind those before it.
+    Each stage is solved behind those before it, which are left as `space.uniform` says.
     """
-    stack, session = block.job.stack, block.session
-    specs = {
-        key_of(linear, number): (store.dtype, linear.shape)
-        for linear in block.linears
-        for number in wanted.levels[linear.name]
-    }
-    done, path = 0, store.path(block.index)
-    with writing(path), TensorWriter(path, specs) as writer:
-        for stage, statistics in block.stages():
-            solve = _weights if stage.coupling is None else _members
-            session.run.progress.detail("solving", done, len(specs))
-            for linear, number, weight_OI in solve(block, stage, statistics, wanted):
-                writer.write(key_of(linear, number), weight_OI.to(store.dtype).cpu())
-                if number == wanted.left[linear.name]:
-                    stack.set_weight(linear, weight_OI)
-                del weight_OI  # before the next one is made
-                done += 1
-                session.run.progress.detail("solving", done, len(specs))
+
+    def __init__(self, session: Session, space: Space, store: LevelStore, note: Callable[[], None]) -> None:
+        self.session, self.wanted, self.store, self.note = session, _Wanted.of(space), store, note
+        self.left = {x.name: space.sparsity(i, space.uniform[i]) for i, x in enumerate(space.linears)}
+
+    def begin(self, kept: Mapping[str, Any]) -> None:
+        self.session.record.warnings += kept.get("warnings", [])
+
+    def keep(self, blocks: int) -> Mapping[str, Any]:
+        self.store.settle(blocks)
+        self.note()
+        return {"warnings": self.session.record.warnings}
+
+    def visit(self, block: Block) -> None:
+        pruned, wanted, store = PrunedBlock(self.session, block, self.left), self.wanted, self.store
+        specs = {
+            key_of(linear, number): (store.dtype, linear.shape)
+            for linear in pruned.linears
+            for number in wanted.levels[linear.name]
+        }
+        done, path = 0, store.path(block.index)
+        with writing(path), TensorWriter(path, specs) as writer:
+            for stage, statistics in pruned.stages():
+                solve = _weights if stage.coupling is None else _members
+                block.run.progress.detail("solving", done, len(specs))
+                for linear, number, weight_OI in solve(pruned, stage, statistics, wanted):
+                    writer.write(key_of(linear, number), weight_OI.to(store.dtype).cpu())
+                    if number == wanted.left[linear.name]:
+                        block.stack.set_weight(linear, weight_OI)
+                    del weight_OI  # before the next one is made
+                    done += 1
+                    block.run.progress.detail("solving", done, len(specs))
 
 
 def _weights(
-    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], wanted: _Wanted
+    block: PrunedBlock, stage: Stage, statistics: Mapping[str, Statistics], wanted: _Wanted
 ) -> Iterator[_Solution]:
     """Each linear without some of its weights, its survivors stored in the kind of the level."""
     for linear in stage.linears:
@@ -281,7 +270,7 @@ def _weights(
 
 
 def _members(
-    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], wanted: _Wanted
+    block: PrunedBlock, stage: Stage, statistics: Mapping[str, Statistics], wanted: _Wanted
 ) -> Iterator[_Solution]:
     """A coupling without some of its members.
 

@@ -273,11 +273,11 @@ class Stream:
     def __len__(self) -> int:
         return len(self.slices)
 
-    def leave_outside(self) -> None:
-        """Drop what is outside the blocks of the stack, where none of them asks for it again."""
+    @property
+    def walks_alone(self) -> bool:
+        """Whether no block asks again for what is outside the blocks of the stack."""
         shapes = (self.slices[0], self.slices[-1])  # all but the last chunk are equally large
-        if all(self.stack.walks_alone(self.samples.take(part).inputs) for part in shapes):
-            self.stack.forget_outside()
+        return all(self.stack.walks_alone(self.samples.take(part).inputs) for part in shapes)
 
     def call(self, index: int, chunk: int) -> Call:
         """What block `index` is called with for one chunk."""

@@ -1,14 +1,15 @@
-"""One loaded block while it is pruned: observed, solved linear by linear, refined, advanced, written.
+"""One loaded block while it is pruned: observed stage by stage, and solved linear by linear.
 
-run.py says in which order. This file says what each step does and what of it is recorded.
+visitors.py says in which order a run does this. This file says what each step does and what of it is recorded.
 """
 
 from __future__ import annotations
 
+__all__ = ["DENSE", "PRUNED", "PrunedBlock", "pattern_at"]
+
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -22,37 +23,43 @@ from tawny.model.couplings import Coupling
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern, Rank
-from tawny.precision import DTYPES, cast, native_dtype
+from tawny.precision import native_dtype
 from tawny.pruning.memory_plan import HELD_BYTES, held_bytes
 from tawny.pruning.outliers import OutlierCount
-from tawny.pruning.prepare import Job
-from tawny.pruning.refine import refine
 from tawny.pruning.session import Session
 from tawny.record import LinearRecord
+from tawny.run.walk import Block
 from tawny.solvers.base import Solution, reconstruction_error
 from tawny.solvers.grid import Grid
 from tawny.solvers.refit import refit
 
+# The samples of a walk that prunes: behind the pruned blocks, and behind the dense ones.
+PRUNED, DENSE = "pruned", "dense"
 
-@dataclass
-class LoadedBlock:
-    """One loaded block while it is pruned."""
 
-    session: Session
-    index: int
-    stream: Stream | None
-    dense: Stream | None  # where the samples would be without pruning; only when refining
-    allocation: Mapping[str, float]
+@final
+class PrunedBlock:
+    """One loaded block while it is pruned.
 
-    def __post_init__(self) -> None:
-        self.job: Job = self.session.job
+    Attributes:
+        stream: the samples in front of it; None where nothing is observed.
+        solved: new weights `[out, in]` in float32, by linear; None where nobody asks for more than is stored.
+        stage: number of the stage that is being solved.
+        warned: warnings in the record before the block, or before what its last stage added.
+    """
+
+    def __init__(
+        self, session: Session, block: Block, allocation: Mapping[str, float], *, keep: bool = False
+    ) -> None:
+        self.session, self.block, self.allocation = session, block, allocation
+        self.job, self.index = session.job, block.index
         self.linears = self.job.by_block[self.index]
+        self.stream = block.streams.get(PRUNED)
         self.outliers = OutlierCount(self.job.allocator.outlier_M, self.job.stack.look)
-        self._prepared: tuple[Statistics, Any] | None = None
+        self.solved: dict[str, Tensor] | None = {} if keep else None
         self.stage = 0
-        self._advanced = False
-        self.solved: dict[str, Tensor] = {}
-        self.warned = len(self.session.record.warnings)  # what the record held before this block
+        self.warned = len(session.record.warnings)
+        self._prepared: tuple[Statistics, Any] | None = None
 
     @property
     def leaves(self) -> bool:
@@ -60,14 +67,6 @@ class LoadedBlock:
         if not self.job.removes_blocks or not self.linears:
             return False
         return all(self.allocation[linear.name] == 1 for linear in self.linears)
-
-    def aim(self) -> None:
-        """Let the dense samples pass, before anything is pruned: their outputs are what refining aims at."""
-        if self.dense is not None:
-            with self.session.run.clock("forward"):
-                self.dense.advance(
-                    self.index, lambda: self.session.run.progress.detail("dense outputs", 0, 0)
-                )
 
     def stages(self) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
         """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
@@ -127,8 +126,8 @@ class LoadedBlock:
     def _lockstep(
         self, stream: Stream, stages: Sequence[Stage]
     ) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
-        finish = self.dense is None and self.index < len(self.job.stack) - 1
-        self._advanced = self.dense is None  # refining needs the samples in front of the block once more
+        # Refining needs the samples in front of the block once more.
+        finish = self.solved is None and PRUNED in self.block.wanted
         done, total = 0, len(stream) * (len(stages) + finish)
 
         def step() -> None:
@@ -154,6 +153,7 @@ class LoadedBlock:
             with self.session.run.clock("exchange"):
                 self.session.run.ranks.add(item[1])
             yield item
+            self._prepared = None
             item[1].clear()
 
     def _observe(self, linears: Sequence[Linear], needs: Any) -> Observation:
@@ -183,7 +183,7 @@ class LoadedBlock:
             The solution; its relative error and what that was measured by, if it had to be known; notes for the record.
         """
         job, session, notes, measured = self.job, self.session, {}, None
-        grid = self._grid(linear)
+        grid = self.grid(linear)
         try:
             with session.run.clock("solve"):
                 solution: Solution = job.weight_solver.solve(
@@ -233,7 +233,7 @@ class LoadedBlock:
         words = f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else "rank" if low else "unstructured"
         seconds = time.perf_counter() - start
         # On a grid 0 may be a level, which says nothing of what was removed.
-        removed = None if self._grid(linear) is None else linear.numel - int(solution.mask.sum())
+        removed = None if self.grid(linear) is None else linear.numel - int(solution.mask.sum())
         told = {**solution.notes, **notes, **more}
         self.put(linear, solution.weight, words, (lost, kind), seconds, told, removed)
 
@@ -249,7 +249,7 @@ class LoadedBlock:
     ) -> None:
         """Give a linear its new weight, and record what became of it; `removed` of None are all zeros."""
         stored = self.job.stack.set_weight(linear, weight_OI)
-        if self.dense is not None:
+        if self.solved is not None:
             self.solved[linear.name] = weight_OI
         zeros = int((stored == 0).sum()) if removed is None else removed
         self.session.record.linears.append(
@@ -269,14 +269,23 @@ class LoadedBlock:
             )
         )
 
+    def note_outliers(self) -> None:
+        """Note in the record how many outliers every linear had and has."""
+        with self.session.run.clock("outliers"):
+            before, after = self.outliers.before, self.outliers.after(self.linears)
+        for entry in self.session.record.linears:
+            if entry.name in after:
+                entry.outliers_before, entry.outliers_after = before.get(entry.name), after[entry.name]
+
     def _kind(self, linear: Linear) -> str | None:
         return self.session.record.values.get(linear.name, self.job.recipe.values.kind)
 
-    def _grid(self, linear: Linear) -> Grid | None:
+    def grid(self, linear: Linear) -> Grid | None:
+        """What the survivors of a linear are rounded to; None where they stay as they are."""
         kind = self._kind(linear)
         return None if kind is None else self.job.recipe.values.grid(kind)
 
-    def _few_bits(self) -> dict[str, tuple[Kind, int | None]]:
+    def few_bits(self) -> dict[str, tuple[Kind, int | None]]:
         """The kinds that a training keeps to. int8 loses next to nothing when it is rounded afterwards."""
         group, named = self.job.recipe.values.group_size, {x.name: self._kind(x) for x in self.linears}
         found = {name: kind_of(kind) for name, kind in named.items() if kind is not None}
@@ -302,76 +311,6 @@ class LoadedBlock:
             self._prepared = None
             self._prepared = (statistics, self.job.weight_solver.prepare(statistics))
         return self._prepared[1]
-
-    def refine(self) -> None:
-        """Train what the block has left, where the recipe asks for it, and correct what is recorded of it."""
-        job, session, self._prepared = self.job, self.session, None
-        if self.stream is None or self.dense is None or not self.linears or self.leaves:
-            return
-        with session.run.clock("refine"):
-            made = refine(
-                job.stack,
-                self.index,
-                self.stream,
-                self.dense,
-                self.linears,
-                self.solved,
-                job.recipe.refine,
-                job.recipe.seed,
-                step=lambda done, total: session.run.progress.detail("refining", done, total),
-                dtype=DTYPES[job.recipe.dtype] if job.recipe.dtype else None,
-                kinds=self._few_bits(),
-            )
-        self.solved = {}
-        session.record.refined.append(asdict(made))
-        if "finite" in made.stopped:
-            name = job.stack.name(self.index)
-            session.record.warnings.append(
-                f"refining {name}: {made.stopped}; epoch {made.best_epoch} was kept"
-            )
-        entries = {entry.name: entry for entry in session.record.linears}
-        for linear in self.linears:
-            if self._grid(linear) is not None:
-                continue  # a grid keeps what was removed, and has a level at 0
-            entry = entries[linear.name]
-            entry.zeros = int((job.stack.weight(linear) == 0).sum())
-            entry.sparsity = entry.zeros / linear.numel
-
-    def advance(self) -> None:
-        """Give the next block its inputs; nobody needs the last block's outputs."""
-        self._prepared = None
-        self._count_outliers()
-        if self.stream is None or self._advanced or self.index == len(self.job.stack) - 1:
-            return
-        with self.session.run.clock("forward"):
-            self.stream.advance(self.index, lambda: self.session.run.progress.detail("advancing", 0, 0))
-
-    def _count_outliers(self) -> None:
-        """Note in the record how many outliers every linear of the block had and has."""
-        with self.session.run.clock("outliers"):
-            before, after = self.outliers.before, self.outliers.after(self.linears)
-        for entry in self.session.record.linears:
-            if entry.name in after:
-                entry.outliers_before, entry.outliers_after = before.get(entry.name), after[entry.name]
-
-    def write(self) -> None:
-        """Hand the block's tensors, under the names they came with, to the output."""
-        job, session = self.job, self.session
-        if session.output is None or job.stack.checkpoint is None:
-            return
-        with session.run.clock("write"):
-            tensors: dict[str, Tensor] = {}
-            for unit in job.stack.checkpoint.units_of(job.stack.name(self.index)):
-                parameters = {name: job.stack.stored[name] for name in unit.targets}
-                tensors.update(job.stack.checkpoint.store(unit, parameters, job.stack.model))
-            session.output.write_block(
-                f"{self.index:05d}", {k: _stored(job, k, v) for k, v in tensors.items()}
-            )
-
-
-def _stored(job: Job, name: str, value: Tensor) -> Tensor:
-    wanted = job.recipe.dtype
-    return cast(value, DTYPES[wanted], name) if wanted and value.is_floating_point() else value
 
 
 def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:

@@ -16,7 +16,7 @@ __all__ = ["choose_blocks", "remove_block"]
 import math
 import time
 from collections.abc import Collection
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -25,12 +25,15 @@ from tawny.allocation.profile import Allocation
 from tawny.errors import ModelError, NumericalError, RecipeError
 from tawny.model.couplings import probe_of
 from tawny.model.stack import TOKENS, Stack
-from tawny.model.streams import Samples, Stream
+from tawny.model.streams import Stream
 from tawny.model.structure import head_of, input_of
-from tawny.pruning.block import LoadedBlock
+from tawny.progress import Within
+from tawny.pruning.block import PRUNED, PrunedBlock
 from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.pruning.session import Session
 from tawny.run.journal import BLOCKS
+from tawny.run.run import Run
+from tawny.run.walk import Block, Visitor, walk
 from tawny.solvers.base import BlockSolver
 
 
@@ -99,32 +102,48 @@ def _apart(session: Session, gone: Collection[int], candidates: Collection[int])
     stack, solver = session.job.stack, session.job.block_solver
     assert session.samples is not None
     samples = session.samples.first(math.ceil(solver.tokens / session.samples.seqlen))
-    stream = Stream(stack, samples)
-    without: dict[int, list[Tensor]] = {}
-    dense = [hidden.clone() for hidden in stream.hidden]  # some blocks change what they are given
-    found: dict[int, float] = {}
-    for index in range(len(stack)):
-        session.run.progress.detail(f"trying block {index}", index, len(stack))
-        with stack.block(index):
-            if solver.compares == "logits":
-                dense = _through(stream, index, dense)
-            passed_on = _onward(stream, index)
-            if index in gone:
-                stream.hidden = passed_on
-                continue
-            without = {other: _through(stream, index, hidden) for other, hidden in without.items()}
-            stream.advance(index)
-            if index in candidates and solver.compares == "logits":
-                without[index] = passed_on
-            elif index in candidates:
-                found[index] = _mean(samples, stream, solver, list(stream.hidden), passed_on)
-    for index, hidden in without.items():
-        found[index] = _mean(samples, stream, solver, dense, hidden, stack)
+    leaving = _Leave(solver, gone, candidates)
+    run = Run.unkept(Within(session.run.progress))
+    stream = walk(run, stack, {PRUNED: samples}, [leaving], phase="trying without each block")[PRUNED]
+    found = leaving.apart
+    for index, hidden in leaving.without.items():
+        found[index] = _mean(stream, solver, leaving.dense, hidden, stack)
     if bad := [index for index, value in found.items() if not math.isfinite(value)]:
         raise NumericalError(
             f"without block {stack.name(bad[0])} the model gives NaN or infinite activations"
         )
     return found
+
+
+@final
+class _Leave(Visitor):
+    """Takes samples through a model without some blocks, and without each of the candidates.
+
+    Attributes:
+        apart: of each candidate what its own block's output loses, where the solver compares that.
+        dense, without: else hidden states of the whole model, and without each candidate, a chunk each.
+    """
+
+    def __init__(self, solver: BlockSolver, gone: Collection[int], candidates: Collection[int]) -> None:
+        self.solver, self.gone, self.candidates = solver, gone, candidates
+        self.apart: dict[int, float] = {}
+        self.dense: list[Tensor] = []
+        self.without: dict[int, list[Tensor]] = {}
+
+    def visit(self, block: Block) -> None:
+        stream, index, logits = block.streams[PRUNED], block.index, self.solver.compares == "logits"
+        if logits:
+            self.dense = _through(stream, index, self.dense or list(stream.hidden))
+        passed_on = _onward(stream, index)
+        if index in self.gone:
+            stream.hidden = passed_on
+            return
+        self.without = {other: _through(stream, index, hidden) for other, hidden in self.without.items()}
+        stream.advance(index)
+        if index in self.candidates and logits:
+            self.without[index] = passed_on
+        elif index in self.candidates:
+            self.apart[index] = _mean(stream, self.solver, list(stream.hidden), passed_on)
 
 
 def _through(stream: Stream, index: int, hidden: list[Tensor]) -> list[Tensor]:
@@ -138,7 +157,6 @@ def _onward(stream: Stream, index: int) -> list[Tensor]:
 
 
 def _mean(
-    samples: Samples,
     stream: Stream,
     solver: BlockSolver,
     with_: list[Tensor],
@@ -146,6 +164,7 @@ def _mean(
     tail: Stack | None = None,
 ) -> float:
     """The mean over all tokens that are not masked; of logits where a `tail` makes them from hidden states."""
+    samples = stream.samples
     step = samples.seqlen
     if tail is not None:
         step = max(16, LOGIT_BYTES // 4 // int(tail.config.get_text_config().vocab_size))
@@ -166,7 +185,7 @@ def _mean(
     return total / max(count, 1)
 
 
-def remove_block(block: LoadedBlock) -> None:
+def remove_block(block: PrunedBlock) -> None:
     """Write zeros where the allocation says that a block leaves, and record what became of every linear.
 
     Raises:

@@ -14,7 +14,7 @@ from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError
 from tawny.model.couplings import Coupling
 from tawny.model.linears import Linear
-from tawny.pruning.block import LoadedBlock
+from tawny.pruning.block import PrunedBlock
 from tawny.solvers.base import Seen
 from tawny.solvers.members import Chosen, Coupled, Producer
 
@@ -32,13 +32,13 @@ class Without:
     weights: Mapping[str, tuple[Tensor, Tensor]]
     biases: Mapping[str, Tensor]
 
-    def set_biases(self, block: LoadedBlock, coupling: Coupling) -> None:
+    def set_biases(self, block: PrunedBlock, coupling: Coupling) -> None:
         for linear in coupling.linears:
             if linear.name in self.biases:
                 block.job.stack.set_bias(linear, self.biases[linear.name])
 
 
-def solve_members(block: LoadedBlock, coupling: Coupling, statistics: Mapping[str, Statistics]) -> None:
+def solve_members(block: PrunedBlock, coupling: Coupling, statistics: Mapping[str, Statistics]) -> None:
     """Remove the members that the allocation asks for, and record what became of every linear."""
     session, stack, start = block.session, block.job.stack, time.perf_counter()
     consumer = coupling.consumer
@@ -62,13 +62,13 @@ def solve_members(block: LoadedBlock, coupling: Coupling, statistics: Mapping[st
         block.put(linear, pruned_OI, coupling.kind, error, seconds, notes)
 
 
-def seen_by(block: LoadedBlock, coupling: Coupling, statistics: Mapping[str, Statistics]) -> dict[str, Seen]:
+def seen_by(block: PrunedBlock, coupling: Coupling, statistics: Mapping[str, Statistics]) -> dict[str, Seen]:
     """What a solve goes by, of each linear."""
     return {linear.name: _known(block, linear, statistics) for linear in coupling.linears}
 
 
 def without_members(
-    block: LoadedBlock, coupling: Coupling, seen: Mapping[str, Seen], removed: int
+    block: PrunedBlock, coupling: Coupling, seen: Mapping[str, Seen], removed: int
 ) -> Without:
     """The coupling without so many members, which the solver chooses; the block stays as it is.
 
@@ -92,7 +92,7 @@ def without_members(
     return Without(made, weights, biases)
 
 
-def _known(block: LoadedBlock, linear: Linear, statistics: Mapping[str, Statistics]) -> Seen:
+def _known(block: PrunedBlock, linear: Linear, statistics: Mapping[str, Statistics]) -> Seen:
     seen = statistics.get(linear.name)
     known = block.known(linear, seen)
     if known is not seen:
@@ -103,7 +103,7 @@ def _known(block: LoadedBlock, linear: Linear, statistics: Mapping[str, Statisti
 
 
 def _choose(
-    block: LoadedBlock, coupling: Coupling, seen: Mapping[str, Seen], removed: int
+    block: PrunedBlock, coupling: Coupling, seen: Mapping[str, Seen], removed: int
 ) -> tuple[Tensor, Chosen]:
     """The consumer's dense weight, and the solver's choice."""
     stack, consumer = block.job.stack, coupling.consumer

@@ -7,20 +7,19 @@ settle long before the weights' solution does; so a subset of the samples is eno
 from __future__ import annotations
 
 __all__ = [
+    "PROFILED",
     "LazyWeights",
+    "Profiling",
     "allocate",
     "block_sparsities",
-    "measured",
-    "places",
     "profile_walk",
     "spend",
-    "with_stages",
 ]
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -35,19 +34,20 @@ from tawny.allocation.budget import (
     whole_members,
     whole_ranks,
 )
-from tawny.allocation.profile import Allocation, Allocator, LinearInfo, Measuring, Profile
-from tawny.calibration.observe import Stage, observe
+from tawny.allocation.profile import Allocation, Allocator, Measuring, Profile
+from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError, TawnyError
 from tawny.kinds import kind_of
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
-from tawny.model.streams import Stream
+from tawny.model.streams import Samples
 from tawny.patterns import NM, AnyPattern, Blocks, Members, Rank
 from tawny.pruning.prepare import Job, profile_count
 from tawny.pruning.session import Session
+from tawny.run.walk import Block, Visitor, walk
 
-WALK = "profile"  # what the journal calls it
+PROFILED = "profiled"  # the samples that are observed
 
 
 class LazyWeights(Mapping[str, tuple[Tensor, Statistics | None]]):
@@ -92,74 +92,70 @@ def profile_walk(session: Session, measuring: Measuring) -> Profile:
     Raises:
         NumericalError: a weight is NaN or infinite; names the linear.
     """
-    job, journal, ranks = session.job, session.run.journal, session.run.ranks
-    stack, samples = job.stack, session.samples
-    done, found = journal.walk(WALK)
-    stages: dict[str, str] = found.get("stages", {})
-    measures: list[dict[str, Any]] = found.get("measures", [])
-    if measuring.measures_weights and done < len(stack):
-        stream = None
+    job, run = session.job, session.run
+    profiling = Profiling(job, measuring)
+    if measuring.measures_weights:
+        samples: dict[str, Samples] = {}
         if measuring.needs != "none":
-            assert samples is not None
+            assert session.samples is not None
+            count = profile_count(job.recipe, len(session.samples), session.samples.seqlen)
             # Each of several processes needs a sample, even where fewer would do.
-            shared = samples.first(max(ranks.size, profile_count(job.recipe, len(samples), samples.seqlen)))
-            stream = Stream(
-                stack,
-                ranks.part(shared),
-                depth=done,
-                saved=journal.hidden(WALK),
-                spill=session.run.spill(WALK),
+            samples[PROFILED] = session.samples.first(max(run.ranks.size, count))
+        walk(run, job.stack, samples, [profiling], name="profile", phase="profiling", drop_outside=True)
+    return profiling.profile
+
+
+@final
+class Profiling(Visitor):
+    """Measures every block, which is dense, for one or several allocators; `PROFILED` goes through it meanwhile."""
+
+    def __init__(self, job: Job, measuring: Measuring) -> None:
+        self.job, self.measuring = job, measuring
+        self.stages: dict[str, str] = {}
+        self.measures: list[dict[str, Any]] = []
+
+    def begin(self, kept: Mapping[str, Any]) -> None:
+        self.stages, self.measures = dict(kept.get("stages", {})), list(kept.get("measures", []))
+
+    def keep(self, blocks: int) -> Mapping[str, Any]:
+        return {"stages": self.stages, "measures": self.measures}
+
+    @property
+    def profile(self) -> Profile:
+        """Of the blocks that were visited."""
+        linears = (replace(linear, group=self.stages.get(linear.name, "")) for linear in self.job.linears)
+        return Profile(tuple(linears), tuple(self.measures))
+
+    def visit(self, block: Block) -> None:
+        with block.run.clock("profile"):
+            self._measure(block)
+
+    def _measure(self, block: Block) -> None:
+        linears, ranks = self.job.by_block[block.index], block.run.ranks
+        statistics: dict[str, Statistics] = {}
+        if PROFILED in block.streams:
+            seen = observe(
+                block.streams[PROFILED],
+                block.index,
+                linears,
+                self.measuring.needs,
+                advance=PROFILED in block.wanted,
+                exact=ranks.several,
             )
-            stream.leave_outside()
-        else:
-            stack.forget_outside()
-        session.run.progress.phase("profiling", len(stack) - done)
-        for index in range(done, len(stack)):
-            last = index == len(stack) - 1
-            with torch.no_grad(), stack.block(index):
-                statistics: dict[str, Any] = {}
-                if stream is not None:
-                    seen = observe(
-                        stream,
-                        index,
-                        job.by_block[index],
-                        measuring.needs,
-                        advance=not last,
-                        exact=ranks.several,
-                    )
-                    statistics = seen.statistics
-                    ranks.add(statistics)
-                    stages.update(places(seen.stages))
-                inputs = LazyWeights(stack, job.by_block[index], statistics)
-                inputs.check_finite()
-                measures.append(
-                    ranks.same(measured(measuring, inputs, stack.name(index)) if ranks.first else {})
-                )
-                del inputs, statistics
-            if last or journal.due():
-                kept = {} if last or stream is None else {"pruned": stream}
-                journal.commit(WALK, index + 1, {"stages": stages, "measures": measures}, kept)
-            session.run.progress.step(stack.name(index))
-    return Profile(with_stages(job.linears, stages), tuple(measures))
+            statistics = seen.statistics
+            ranks.add(statistics)
+            self.stages |= {x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears}
+        inputs = LazyWeights(block.stack, linears, statistics)
+        inputs.check_finite()
+        self.measures.append(ranks.same(self._measured(inputs, block.name) if ranks.first else {}))
 
-
-def places(stages: Sequence[Stage]) -> dict[str, str]:
-    """The number of the stage that each linear was seen in."""
-    return {linear.name: str(n) for n, stage in enumerate(stages) for linear in stage.linears}
-
-
-def measured(measuring: Measuring, inputs: LazyWeights, name: str) -> dict[str, Any]:
-    """What is measured of one block, through JSON at once, so that it is the same when it comes out of a journal."""
-    try:
-        made: dict[str, Any] = json.loads(json.dumps(measuring.measure(inputs)))
-    except TawnyError as error:
-        raise type(error)(f"block {name}: {error}") from error
-    return made
-
-
-def with_stages(linears: Sequence[LinearInfo], stages: Mapping[str, str]) -> tuple[LinearInfo, ...]:
-    """The linears with the stage each was seen in."""
-    return tuple(replace(linear, group=stages.get(linear.name, "")) for linear in linears)
+    def _measured(self, inputs: LazyWeights, name: str) -> dict[str, Any]:
+        """Through JSON at once, so that it is the same when it comes out of a journal."""
+        try:
+            measures: dict[str, Any] = json.loads(json.dumps(self.measuring.measure(inputs)))
+        except TawnyError as error:
+            raise type(error)(f"block {name}: {error}") from error
+        return measures
 
 
 def allocate(

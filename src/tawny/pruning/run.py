@@ -11,7 +11,6 @@ from __future__ import annotations
 __all__ = ["prune"]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,22 @@ from tawny.allocation.profile import Allocation
 from tawny.errors import RecipeError
 from tawny.machine import peak_memory
 from tawny.model.source import resolve
-from tawny.model.streams import Samples, Stream
+from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
+from tawny.pruning.block import PRUNED
 from tawny.pruning.blocks import choose_blocks
 from tawny.pruning.prepare import demand_of, notices
 from tawny.pruning.profiling import profile_walk, spend
 from tawny.pruning.refine import holds_out
 from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
-from tawny.pruning.walk import solve_stage, walk_blocks
+from tawny.pruning.visitors import Refine, Solve, Write, samples_of
 from tawny.pruning.writing import write_pages, write_rest
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
-from tawny.record import LinearRecord, Record, weight_files
+from tawny.record import Record, weight_files
 from tawny.run.place import Workplace, place_of
+from tawny.run.walk import Advance, walk
 
 WALK = "prune"  # what the journal calls it
 
@@ -110,15 +111,17 @@ def prune(
         tokenizer=tokenizer,
         calibration=given,
     ) as session:
-        allocation = _allocate(session)
-        _take_up(session)
-        for block in walk_blocks(session, allocation, WALK, lambda *done: _commit(session, *done)):
-            block.aim()
-            for stage, statistics in block.stages():
-                solve_stage(block, stage, statistics)
-            block.refine()
-            block.advance()
-            block.write()
+        solve = Solve(session, _allocate(session))
+        visitors = [solve, Refine(solve), Advance(PRUNED), Write(session)]
+        walk(
+            session.run,
+            session.job.stack,
+            samples_of(session),
+            visitors,
+            name=WALK,
+            phase="pruning",
+            drop_outside=True,
+        )
         return _finish(session)
 
 
@@ -127,8 +130,7 @@ def _allocate(session: Session) -> Allocation:
     job, record = session.job, session.record
     if job.recipe.refine.epochs and session.samples is not None:
         holds_out(len(session.samples), job.recipe.refine, job.recipe.seed)  # refuses a single sample
-    with session.run.clock("profile"):
-        profile = profile_walk(session, job.allocator)
+    profile = profile_walk(session, job.allocator)
     samples = session.samples
     warnings = notices(job, 0 if samples is None else len(samples) * samples.seqlen)
     if job.chooses_blocks:
@@ -141,28 +143,6 @@ def _allocate(session: Session) -> Allocation:
     if profile.measures:
         record.profile = {"blocks": list(profile.measures)}
     return record.allocation
-
-
-def _take_up(session: Session) -> None:
-    """Read from the journal what an earlier run recorded of the blocks that it finished."""
-    _, found = session.run.journal.walk(WALK)
-    session.record.linears = [LinearRecord.from_dict(entry) for entry in found.get("linears", [])]
-    session.record.warnings += found.get("warnings", [])
-    session.record.refined = found.get("refined", [])
-
-
-def _commit(session: Session, blocks: int, streams: Mapping[str, Stream | None]) -> None:
-    """Keep what is finished: `blocks` blocks, and what enters the next."""
-    if session.output is not None:
-        session.output.settle()
-    record = session.record
-    found = {
-        "linears": [asdict(x) for x in record.linears],
-        "warnings": record.warnings,
-        "refined": record.refined,
-    }
-    session.note_cost()
-    session.run.journal.commit(WALK, blocks, found, streams)
 
 
 def _finish(session: Session) -> Record:

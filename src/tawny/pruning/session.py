@@ -115,12 +115,6 @@ class Session:
     record: Record
     beside: Any = None
 
-    def note_cost(self) -> None:
-        """Tell the journal what the run has taken so far, before it is written."""
-        state, clock = self.run.journal.state, self.run.clock
-        state["seconds"] = {**clock.seconds, "total": clock.elapsed}
-        state["peak_memory"] = max(peak_memory(), self.record.peak_memory)
-
 
 @contextmanager
 def open_session(

@@ -224,7 +224,7 @@ class Journal:
         kept = self._walks.get(name)
         return (0, {}) if kept is None else (int(kept["blocks"]), dict(kept["found"]))
 
-    def hidden(self, walk: str, stream: str = "pruned") -> Path | None:
+    def hidden(self, walk: str, stream: str) -> Path | None:
         """The hidden states to go on with, or None at the beginning."""
         kept = self._walks.get(walk, {"hidden": {}})["hidden"]
         return self._path(str(kept[stream])) if stream in kept else None

@@ -75,6 +75,6 @@ class Run:
         state["seconds"] = {**self.clock.seconds, "total": self.clock.elapsed}
         state["peak_memory"] = max(peak_memory(), int(state.get("peak_memory", 0)))
 
-    def spill(self, walk: str, stream: str = "pruned") -> Path | None:
+    def spill(self, walk: str, stream: str) -> Path | None:
         """Where the hidden states of a walk are kept, if not in memory."""
         return self.hidden and self.hidden / f"{walk}.{stream}{self.journal.suffix}"

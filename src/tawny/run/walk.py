@@ -3,7 +3,7 @@
 What is done at a block is said by visitors: they observe, solve, train, measure or write it, in the order they are given in.
 A walk promises:
 
-- The weights of one block are in memory at a time, beside what is outside the blocks.
+- The weights of one block are in memory at a time, beside what is outside the blocks unless that is dropped.
 - Blocks that an earlier, stopped run finished are skipped. Streams stand where it left them, and visitors get back what they
   kept, so that the result has the bytes of a walk that was never stopped.
 - The journal names a block only when what visitors made of it is durable.
@@ -73,6 +73,7 @@ def walk(
     name: str = "",
     phase: str = "",
     ends: Collection[str] = (),
+    drop_outside: bool = False,
 ) -> Mapping[str, Stream]:
     """Let the visitors see every block from first to last.
 
@@ -80,6 +81,8 @@ def walk(
         samples: what goes through the blocks, by name; of several processes each takes its part.
         name: what the journal calls this walk.
         phase: what the progress calls it; steps of "" belong to a phase that has begun before.
+        drop_outside: once the samples are embedded, drop what is in no block, such as embeddings, where no block asks for it; it is
+            read again when it is needed.
         ends: samples whose hidden states behind the last block are wanted; they stay in memory.
 
     Returns:
@@ -102,6 +105,8 @@ def walk(
             for key, given in samples.items()
             if done < count or key in ends
         }
+    if drop_outside and done < count and all(stream.walks_alone for stream in streams.values()):
+        stack.forget_outside()
     for visitor in visitors:
         visitor.begin(kept)
     if phase:
