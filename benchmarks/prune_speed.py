@@ -208,8 +208,8 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     from tawny.model.source import resolve
     from tawny.packed.opening import open_stack
     from tawny.precision import native_dtype, rounds_products
-    from tawny.pruning.memory_plan import sharing_inputs
     from tawny.pruning.prepare import PROFILE_TOKENS
+    from tawny.run.memory import sharing_inputs
 
     torch.set_num_threads(args.threads)
 

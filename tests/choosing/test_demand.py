@@ -9,9 +9,9 @@ import tawny
 from tawny.choosing.demand import SearchDemand, solver_of_levels
 from tawny.choosing.settings import SearchSettings
 from tawny.model.streams import Samples
-from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
+from tawny.run.memory import Load
 from tawny.solvers import SOLVERS
 from tests.tiny import tiny_model, tokens
 

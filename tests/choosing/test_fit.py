@@ -33,9 +33,9 @@ from tawny.packed.folder import INDEX, PackedFolder
 from tawny.patterns import removed_count
 from tawny.progress import silent
 from tawny.pruning import session as session_module
-from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
+from tawny.run.memory import Load
 from tests.model.formats import FORMATS, quantised
 from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer

@@ -21,8 +21,8 @@ from tawny.choosing.candidates import surveyed
 from tawny.choosing.settings import FitSettings, SearchSettings
 from tawny.errors import RecipeError
 from tawny.model.streams import Samples
-from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load, held_bytes
 from tawny.pruning.prepare import Job, demand_of
+from tawny.run.memory import LOGIT_BYTES, Demand, Load, held_bytes
 from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver

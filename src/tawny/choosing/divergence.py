@@ -25,8 +25,8 @@ from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress, silent
-from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.pruning.prepare import Job
+from tawny.run.memory import LOGIT_BYTES
 from tawny.run.run import Run
 from tawny.run.walk import Block, Visitor, walk
 

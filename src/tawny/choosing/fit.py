@@ -52,7 +52,6 @@ from tawny.packed import format
 from tawny.packed.opening import loaded_bytes
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
-from tawny.pruning.memory_plan import parse_size
 from tawny.pruning.prepare import Job
 from tawny.pruning.session import (
     Purpose,
@@ -62,6 +61,7 @@ from tawny.pruning.session import (
 )
 from tawny.recipe.schema import Recipe
 from tawny.record import finite
+from tawny.run.memory import parse_size
 from tawny.run.place import Workplace, place_of
 from tawny.words import size
 

@@ -15,8 +15,8 @@ from tawny.choosing.level import KINDS_TRIED, UNMEASURED, Level, Measures, level
 from tawny.choosing.pace import Pace, ReadPerToken, check_kernels
 from tawny.choosing.packed_size import PackedSize
 from tawny.errors import RecipeError
-from tawny.pruning.memory_plan import parse_size
 from tawny.pruning.prepare import Job
+from tawny.run.memory import parse_size
 from tawny.words import size as size_words
 
 

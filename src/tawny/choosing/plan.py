@@ -28,10 +28,10 @@ from tawny.kinds import KINDS
 from tawny.model.context import check_context
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
-from tawny.pruning.memory_plan import Load, available, parse_size, place
 from tawny.pruning.plan import forward_seconds, load_of, seconds_of
 from tawny.pruning.prepare import Job, notices, prepare
 from tawny.recipe.schema import Recipe
+from tawny.run.memory import Load, available, parse_size, place
 
 # Of a linear's output by Wanda, as a multiple of what int3 loses by rounding (docs/log/fit.md, q_proj).
 _ZEROS = {0.5: 1.68, 0.7: 5.21}

@@ -24,10 +24,10 @@ from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern, Rank
 from tawny.precision import native_dtype
-from tawny.pruning.memory_plan import HELD_BYTES, held_bytes
 from tawny.pruning.outliers import OutlierCount
 from tawny.pruning.session import Session
 from tawny.record import LinearRecord
+from tawny.run.memory import HELD_BYTES, held_bytes
 from tawny.run.walk import Block
 from tawny.solvers.base import Solution, reconstruction_error
 from tawny.solvers.grid import Grid

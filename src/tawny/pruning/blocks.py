@@ -29,9 +29,9 @@ from tawny.model.streams import Stream
 from tawny.model.structure import head_of, input_of
 from tawny.progress import Within
 from tawny.pruning.block import PRUNED, PrunedBlock
-from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.pruning.session import Session
 from tawny.run.journal import BLOCKS
+from tawny.run.memory import LOGIT_BYTES
 from tawny.run.run import Run
 from tawny.run.walk import Block, Visitor, walk
 from tawny.solvers.base import BlockSolver

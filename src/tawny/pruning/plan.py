@@ -29,12 +29,12 @@ from tawny.model.structure import input_of
 from tawny.model.trust import opens_models
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
-from tawny.pruning.memory_plan import Load, available, parse_size, place, sharing_inputs
 from tawny.pruning.prepare import Job, demand_of, notices, prepare, profile_count
 from tawny.pruning.profiling import spend
 from tawny.pruning.refine import holds_out
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
+from tawny.run.memory import Load, available, parse_size, place, sharing_inputs
 from tawny.solvers.base import Work
 from tawny.words import size
 

@@ -32,8 +32,8 @@ from tawny.packed.opening import open_stack
 from tawny.patterns import NM, AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
 from tawny.precision import compute_dtype
 from tawny.progress import Progress
-from tawny.pruning.memory_plan import Demand, Load
 from tawny.recipe.schema import Recipe
+from tawny.run.memory import Demand, Load
 from tawny.solvers.base import BlockSolver, Solver
 from tawny.solvers.members import MemberSolver
 from tawny.words import size

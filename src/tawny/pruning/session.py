@@ -45,21 +45,12 @@ from tawny.model.streams import Samples
 from tawny.model.structure import PIXELS, evaluating, input_of, predicts_tokens
 from tawny.precision import products
 from tawny.progress import Progress, silent
-from tawny.pruning.memory_plan import (
-    Demanding,
-    Load,
-    Placement,
-    available,
-    give_back,
-    parse_size,
-)
-from tawny.pruning.memory_plan import (
-    place as place_in_memory,
-)
 from tawny.pruning.prepare import Job, prepare
 from tawny.recipe.schema import Recipe
 from tawny.record import Record
 from tawny.run.journal import Journal
+from tawny.run.memory import Demanding, Load, Placement, available, give_back, parse_size
+from tawny.run.memory import place as place_in_memory
 from tawny.run.place import Workplace, models_read
 from tawny.run.ranks import Ranks, is_lost
 from tawny.run.run import Clock, Run

@@ -18,11 +18,11 @@ from tawny.model.linears import linears_of
 from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.packed.opening import open_stack
 from tawny.pruning import session as session_module
-from tawny.pruning.memory_plan import Load, parse_size, peak, sharing_inputs
 from tawny.pruning.prepare import demand_of, prepare
 from tawny.pruning.visitors import Solve
 from tawny.recipe.merge import resolve_recipe
 from tawny.run import journal as journal_module
+from tawny.run.memory import Load, parse_size, peak, sharing_inputs
 from tawny.solvers.sparsegpt import SparseGPT
 from tests.run.test_journal import PressesCtrlC, files
 from tests.tiny import tiny_model, tokens
@@ -87,12 +87,12 @@ def test_the_bytes_do_not_depend_on_the_budget(dense, tmp_path, monkeypatch, ord
     options = {**OPTIONS, "order": order, "calibration": tokens(200, 24)}
     rich = tawny.prune(dense, tmp_path / "rich", memory="64GB", **options)
     assert rich.memory["hidden_states"] == "memory"
-    place = session_module.place
+    place = session_module.place_in_memory
 
     def tight(demand, budget, free):
         return place(demand, peak(demand, spill=True, held=False)[0], free)
 
-    monkeypatch.setattr(session_module, "place", tight)
+    monkeypatch.setattr(session_module, "place_in_memory", tight)
     poor = tawny.prune(dense, tmp_path / "poor", memory="1GB", **options)
     assert poor.memory["hidden_states"] == "disk"
     assert files(tmp_path / "rich") == files(tmp_path / "poor")

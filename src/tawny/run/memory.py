@@ -1,4 +1,4 @@
-"""How much memory a run takes, and where its hidden states go so that it takes no more than it may.
+"""What the largest block of a walk takes with its visitors, and where hidden states go so that a run takes no more than it may.
 
 A run is a few phases one after the other, and its peak is that of the largest: reading the text, then for every
 block observing and solving. Each is added up from shapes. What a budget may change is where hidden states are kept
