@@ -127,19 +127,12 @@ class SearchDemand:
         return max((each for each in suspended if each is not None), default=None)
 
     def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
-        levels = self.levels
-        phases = {
-            name: parts
-            for name, parts in levels.phases(spill=spill, held=held).items()
-            if name in ("open", "text")
-        }
-        if "open" in phases:
+        levels, stack = self.levels, self.levels.stack
+        base = levels.base()
+        phases = levels.before_walks(base)
+        if not any(levels.by_block):
             return phases
-        base = {key: value for key, value in phases["text"].items() if key != "text"}
-        stack, walked = (
-            levels.stack,
-            0 if spill else levels.samples * levels.seqlen * levels.stack.hidden_bytes,
-        )
+        walked = 0 if spill else levels.samples * levels.seqlen * stack.hidden_bytes
         block, profiled = levels.block_bytes(), levels.profiled * levels.seqlen * stack.hidden_bytes
         solving = {**base, "block": block, "hidden_states": walked + profiled + self.held_out}
         work = max(levels.solver.workspace(*x.shape) for linears in levels.by_block for x in linears)
@@ -203,8 +196,7 @@ class FitDemand:
         phases = self.measuring.phases(spill=spill, held=held)
         if "text" not in phases:
             return phases
-        stack = self.finalist.stack
-        base = {key: value for key, value in phases["text"].items() if key != "text"}
+        stack, base = self.finalist.stack, self.finalist.base()
         ends = base["embeddings"] + stack.late_bytes
         largest = max(base["embeddings"], stack.late_bytes) // stack.compute.itemsize
         packing = {**base, "head": stack.late_bytes, "packing": _PACKED_END * largest}

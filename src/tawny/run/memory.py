@@ -138,13 +138,10 @@ class Demand:
 
     def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
         """Parts of each phase; the interpreter is there in every one, what is outside the blocks in all but those of walks."""
-        stack = self.stack
-        outside = outside_bytes(stack)
-        base = {"interpreter": max(resident_memory() - outside, 0) or _INTERPRETER, "embeddings": outside}
-        if not self._flat:
-            return {"open": base}
-        phases = {"text": {**base, "text": self.characters * _TOKENISING}}
-        phases["read"] = {**base, "conversion": _stored_apart(stack)}
+        stack, base = self.stack, self.base()
+        phases = self.before_walks(base)
+        if not any(self.by_block):
+            return phases
         walked = {**base, "embeddings": 0} if self.alone else base
         if self.measuring.measures_weights:
             kept = min(self.profiled, self.samples) * self.seqlen * stack.hidden_bytes
@@ -180,6 +177,20 @@ class Demand:
             phases["refine"] = {**walked, **refine, "refine": self._refine_bytes() + solved}
         return phases
 
+    def base(self) -> dict[str, int]:
+        """What is there before the walks."""
+        outside = outside_bytes(self.stack)
+        return {"interpreter": max(resident_memory() - outside, 0) or _INTERPRETER, "embeddings": outside}
+
+    def before_walks(self, base: Mapping[str, int]) -> dict[str, dict[str, int]]:
+        """Opening the model and reading the text; only the first where no linear is pruned."""
+        if not any(self.by_block):
+            return {"open": dict(base)}
+        return {
+            "read": {**base, "conversion": _stored_apart(self.stack)},
+            "text": {**base, "text": self.characters * _TOKENISING},
+        }
+
     def walk_phases(self, base: Mapping[str, int], hidden: int, *, held: bool) -> dict[str, dict[str, int]]:
         """What is gone through for every block of a run; `hidden`: bytes of the hidden states in memory."""
         walking = {**base, "block": self.block_bytes(), "hidden_states": hidden}
@@ -196,10 +207,6 @@ class Demand:
         solving: Mapping[str, int] = max((self._solving(groups) for groups in self._inputs), key=_total)
         phases["solve"] = {**walking, **solving}
         return phases
-
-    @property
-    def _flat(self) -> list[Linear]:
-        return [linear for linears in self.by_block for linear in linears]
 
     @property
     def _inputs(self) -> list[list[list[Linear]]]:
