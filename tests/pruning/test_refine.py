@@ -18,7 +18,7 @@ from tawny.progress import Silent
 from tawny.pruning import plan as plan_module
 from tawny.pruning import refine as refining
 from tawny.recipe.merge import resolve_recipe
-from tawny.recipe.schema import Recipe, Refine
+from tawny.recipe.schema import Recipe, Refinement
 from tawny.run import journal
 from tests.end_to_end.test_prune import prunable
 from tests.tiny import tiny_model, tokens
@@ -119,7 +119,7 @@ def test_losses_are_of_what_will_be_written(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     ids, lost = tokens(16, 24), {}
     keys = KEYS | TRAINING | {"calibration": ids, "calibration.samples": 16}
-    _, held = refining.holds_out(16, Refine(), 0)
+    _, held = refining.holds_out(16, Refinement(), 0)
 
     def behind(folder):
         read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -169,7 +169,7 @@ def test_the_pruned_block_behind_pruned_blocks_aims_at_the_dense_one_behind_dens
     wanted = dense(ids, output_hidden_states=True).hidden_states[2].detach()
     after, record = pruned(**TRAINING)
     got = after(ids, output_hidden_states=True).hidden_states[2].detach()
-    _, held = refining.holds_out(16, Refine(), 0)
+    _, held = refining.holds_out(16, Refinement(), 0)
     assert lost_of(got, wanted, held) == pytest.approx(record.refined[1]["after"], rel=1e-4)
 
 
@@ -193,7 +193,7 @@ def test_a_token_of_massive_activations_does_not_drown_all_others():
         wanted = model(ids, output_hidden_states=True).hidden_states[1].detach()
         tawny.prune(model, **KEYS | {"calibration": ids, "exclude": ["*.self_attn.*"]} | keys)
         got = model(ids, output_hidden_states=True).hidden_states[1].detach()
-        _, held = refining.holds_out(16, Refine(), 0)
+        _, held = refining.holds_out(16, Refinement(), 0)
         return lost_of(got[:, 1:], wanted[:, 1:], held)
 
     gain = [1 - lost(size, **TRAINING) / lost(size) for size in (1.0, 100.0)]
@@ -236,7 +236,7 @@ def test_the_result_is_rounded_to_the_storage_of_the_checkpoint(tmp_path):
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     got, wanted = (m(ids, output_hidden_states=True).hidden_states[2].detach() for m in (opened, dense))
-    _, held = refining.holds_out(16, Refine(), 0)
+    _, held = refining.holds_out(16, Refinement(), 0)
     assert lost_of(got, wanted, held) == pytest.approx(record.refined[1]["after"], rel=1e-4)
 
 
@@ -296,7 +296,7 @@ def test_one_sample_is_refused(tmp_path):
 
 def test_the_section_has_one_meaning_however_it_is_spelled():
     wanted = resolve_recipe(sparsity=0.5, **{"refine.epochs": 3})
-    assert wanted.refine == Refine(epochs=3)
+    assert wanted.refine == Refinement(epochs=3)
     for spelled in (
         resolve_recipe({"sparsity": 0.5, "refine": 3}),
         resolve_recipe({"sparsity": 0.5, "refine": {"epochs": 3}}),

@@ -52,7 +52,7 @@ from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Stream
 from tawny.packed.on_grid import OnGrid
 from tawny.pruning.expert_leaves import ExpertLeaves
-from tawny.recipe.schema import Refine
+from tawny.recipe.schema import Refinement
 
 _BETAS = (0.9, 0.95)  # a run has tens of steps, not thousands: the second momentum forgets within one
 _EPSILON = 1e-12
@@ -76,7 +76,7 @@ class Refined:
     stopped: str = ""
 
 
-def holds_out(samples: int, options: Refine, seed: int) -> tuple[list[int], list[int]]:
+def holds_out(samples: int, options: Refinement, seed: int) -> tuple[list[int], list[int]]:
     """Samples to train on and samples held out; the same for every block.
 
     Raises:
@@ -99,7 +99,7 @@ def refine(
     targets: Stream,
     linears: Sequence[Linear],
     solved: Mapping[str, Tensor],
-    options: Refine,
+    options: Refinement,
     seed: int,
     step: Callable[[int, int], None] = lambda done, total: None,
     dtype: torch.dtype | None = None,
@@ -147,7 +147,7 @@ def _train(
     trained: list[_Trained],
     train: Sequence[int],
     held: Sequence[int],
-    options: Refine,
+    options: Refinement,
     seed: int,
     made: Refined,
     step: Callable[[int, int], None],

@@ -22,7 +22,7 @@ merge.py puts a recipe together from a base and changes; files.py reads and writ
 
 from __future__ import annotations
 
-__all__ = ["Calibration", "Recipe", "Refine", "Selection", "Values"]
+__all__ = ["Calibration", "Recipe", "Refinement", "Selection", "Values"]
 
 import dataclasses
 import hashlib
@@ -104,7 +104,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, config=_CONFIG)
-class Refine:
+class Refinement:
     """Block reconstruction after the solves of a block; `epochs` 0 leaves it out."""
 
     epochs: Annotated[int, Field(ge=0)] = 0
@@ -187,7 +187,7 @@ class Recipe:
     compute: Compute = "auto"  # of the forwards; auto is bfloat16 where the machine has it
     order: Literal["block", "data"] = "block"
     refit: bool = False  # move the survivors of every mask to their least squares; also `solver.refit`
-    refine: Refine = Field(default_factory=Refine)
+    refine: Refinement = Field(default_factory=Refinement)
     values: Values = Field(default_factory=Values)
     compat: Literal["official"] | None = None
     profile_samples: Annotated[int, Field(ge=1)] | None = None
@@ -273,7 +273,7 @@ class Recipe:
 # --- sections --------------------------------------------------------------------------------------------
 
 NAMED = ("allocator", "solver")  # sections whose name decides what their options are
-SECTIONS: dict[str, type[Any]] = {"calibration": Calibration, "refine": Refine, "values": Values}
+SECTIONS: dict[str, type[Any]] = {"calibration": Calibration, "refine": Refinement, "values": Values}
 # Section → the key that a bare value is for: `solver: wanda` is `solver: {name: wanda}`.
 SHORTHANDS = {
     "allocator": "name",
