@@ -14,7 +14,7 @@ def test_numbers_that_are_not_finite_are_null_in_the_file_and_infinite_again_whe
     record = Record(linears=[linear], evaluation={"dense": dense}, allocation={"q": 0.5})
 
     def refuse(word):
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     read = json.loads(record.to_json(), parse_constant=refuse)
     assert read["linears"][0]["error"] is None and read["linears"][0]["notes"] == {"loss": None}

@@ -83,7 +83,7 @@ def one_line_of(error: ValidationError, section: str = "", expected: Mapping[str
         expected: of keys whose values are described.
     """
     first = error.errors(include_url=False, include_context=False)[0]
-    # The branch of a union leaves parts in the location that are no key.
+    # The branch of a union leaves parts in the location that are not keys.
     parts = [str(p) for p in first["loc"] if not re.search(r"[\[\](){}]|constrained-", str(p))]
     # A damaged file may have any key.
     place = printable(" ".join(".".join(filter(None, [section, *map(plain_key, parts)])).split()))

@@ -206,7 +206,7 @@ def range_of(names: Iterable[str]) -> str:
     """`int4`, or `int3 to int8` where there are several.
 
     Raises:
-        UserError: a name is no kind's.
+        UserError: no kind has the name.
     """
     kinds = sorted({kind_of(name) for name in names}, key=lambda kind: (kind.bits, kind.name))
     return names_of(kinds if len(kinds) == 1 else (kinds[0], kinds[-1]), " to ")

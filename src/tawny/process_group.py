@@ -1,6 +1,6 @@
 """The processes that share a run: this one alone, or as many as `torchrun` started.
 
-torch.distributed carries what they tell each other. A group is opened for a run and closed behind it, as often as a
+torch.distributed carries what they tell each other. A group is opened for a run and closed after it, as often as a
 script has runs. Rank 0 decides, writes and talks; the others keep quiet unless they fail.
 """
 

@@ -95,7 +95,7 @@ def counted(text: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def begun(of: Mapping[str, Any]) -> str:
-    """What stands behind a number of windows or samples, of which `bos` says whether each begins with BOS."""
+    """What stands after a number of windows or samples, of which `bos` says whether each begins with BOS."""
     return ", each begun with BOS" if of.get("bos") else ""
 
 

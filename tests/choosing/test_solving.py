@@ -67,7 +67,7 @@ def test_a_level_that_removes_nothing_is_rounded_where_all_are(values, tmp_path)
 
 @pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "magnitude"])
 def test_the_solutions_of_the_target_are_the_weights_of_a_uniform_run(solver, tmp_path):
-    """So each linear was solved for what it receives behind pruned blocks, and behind pruned stages of its own."""
+    """So each linear was solved for what it receives after pruned blocks, and behind pruned stages of its own."""
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _, _, store, _, _ = solved_levels(model, tmp_path / "levels", sparsity=0.6, solver=solver, **LEVELS)

@@ -277,7 +277,7 @@ def given_nm(allocation: Mapping[str, float], m: int) -> Allocation:
     """Numbers that each linear was given on purpose, as the 1 − n/m that they are.
 
     Raises:
-        RecipeError: one is no whole n of m; names the linear and what could be written instead.
+        RecipeError: one is not a whole n of m; names the linear and what could be written instead.
     """
     given: Allocation = {}
     for name, sparsity in allocation.items():

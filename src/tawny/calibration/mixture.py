@@ -130,7 +130,7 @@ def check_texts(given: Texts) -> None:
 
 
 def _parted(given: str) -> tuple[str, float | None]:
-    """`wiki=0.4` → `("wiki", 0.4)`; what stands behind the last `=` of a path need not be a share."""
+    """`wiki=0.4` → `("wiki", 0.4)`; what stands after the last `=` of a path need not be a share."""
     spec, equals, share = given.rpartition("=")
     try:
         number = float(share) if equals else math.nan

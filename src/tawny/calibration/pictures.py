@@ -102,7 +102,7 @@ def _pillow() -> Any:
 def read_pictures(
     sources: Sequence[Source], samples: int, seed: int, processor: Any, *, strict: bool = False
 ) -> Pictures:
-    """`samples` square crops of chance, sized and normalised by the model's image processor.
+    """`samples` random square crops, sized and normalised by the model's image processor.
 
     Args:
         strict: refuse the first picture that cannot be read, of those that are wanted.

@@ -1,6 +1,6 @@
 """Trick: hold the forwards of all samples in front of a stage, and let them go on with its pruned weights.
 
-Each forward runs in a greenlet and switches away where it reaches a stage. So every stage of a block is observed behind
+Each forward runs in a greenlet and switches away where it reaches a stage. So every stage of a block is observed after
 the stages that are already pruned, at one forward a block. Without the trick a forward runs again for each stage.
 
 Bought: 69 % of a block's processor time in data order (a block of SmolLM2's widths, 8 × 1024 tokens, column norms).
@@ -49,7 +49,7 @@ def in_lockstep(
     Args:
         stream: hidden states in front of the block; replaced by its outputs if `finish`.
         stages: as `observe` found them; none may hold experts of a fused module.
-        finish: run to the end of the block; otherwise nothing behind the last stage is computed.
+        finish: run to the end of the block; otherwise nothing after the last stage is computed.
         exact: leave Hessians unrounded (`Accumulator.finish`).
     """
     main, enabled = getcurrent(), torch.is_grad_enabled()

@@ -61,7 +61,7 @@ class Part:
 class TokenisedText:
     """The tokens of a whole text, `[tokens]` int64, and the tokens that every window of them begins and ends with, if any.
 
-    `name` is what messages call the text. `parts` lie one behind the other where it is made of several.
+    `name` is what messages call the text. `parts` lie one after the other where it is made of several.
     """
 
     ids: torch.Tensor
@@ -144,7 +144,7 @@ def shared_out(count: int, shares: Sequence[float]) -> list[int]:
 
 
 def interleaved(counts: Sequence[int]) -> list[int]:
-    """An order of things that lie one kind behind the other, in which any stretch holds about the same mixture."""
+    """An order of things that lie one kind after the other, in which any stretch holds about the same mixture."""
     places = [((i + 0.5) / count, kind, i) for kind, count in enumerate(counts) for i in range(count)]
     first = [sum(counts[:kind]) for kind in range(len(counts))]
     return [first[kind] + i for _, kind, i in sorted(places)]

@@ -66,7 +66,7 @@ def held_back(settings: SearchSettings, samples: Samples) -> tuple[int, int]:
 
 
 def candidates_at_once(size: int) -> int:
-    """How many candidates with hidden states of so many bytes go through a block together: each before and behind it."""
+    """How many candidates with hidden states of so many bytes go through a block together: each before and after it."""
     return max(1, _HIDDEN_BYTES // (2 * size))
 
 

@@ -76,7 +76,7 @@ class Scorer:
     """`evaluate` of a search: the mean divergence from the dense model, a token, on held-out windows.
 
     Args:
-        hidden: `[windows, tokens, hidden]` behind the dense model's last block.
+        hidden: `[windows, tokens, hidden]` after the dense model's last block.
         scores: what is known already, and where what is measured is kept.
     """
 
@@ -120,7 +120,7 @@ class Scorer:
             self.scores.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
 
     def judge(self, stream: Stream, windows: Sequence[int]) -> tuple[float, list[float]]:
-        """The score of a model that the numbered windows have gone through, and on each: `stream` is behind its last block."""
+        """The score of a model that the numbered windows have gone through, and on each: `stream` is after its last block."""
         found = self._compare(stream, windows, [_Agreeing([0], list(stream.hidden))])[0]
         return mean(found), [mean([each]) for each in found]
 

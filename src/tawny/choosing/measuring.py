@@ -86,7 +86,7 @@ def measure(
     """Step 1, and the probe of step 2 into the store.
 
     Returns:
-        The errors of each linear, and the dense model's `[windows, tokens, hidden]` behind its last block.
+        The errors of each linear, and the dense model's `[windows, tokens, hidden]` after its last block.
 
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
@@ -252,7 +252,7 @@ def react_ends(session: Session, size: PackedSize, scorer: Scorer) -> dict[str, 
 
 
 def _through(session: Session, samples: Samples, embedding: str | None, made: Tensor) -> Tensor:
-    """`[windows, tokens, hidden]` behind the last block with another embedding."""
+    """`[windows, tokens, hidden]` after the last block with another embedding."""
     stack = session.job.stack
     with _weight(stack.model.get_submodule(str(embedding)), made):
         stream = stream_through(stack, samples, silent, "")

@@ -143,7 +143,7 @@ def _slower(
 
 
 def _seconds(products: Sequence[Callable[[Tensor], Any]], x_TI: Tensor) -> float:
-    """Of one of them, where all are made one behind the other."""
+    """Of one of them, where all are made one after the other."""
 
     def work() -> None:
         for multiply in products:

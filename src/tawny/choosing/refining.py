@@ -1,7 +1,7 @@
 """`tawny fit --budget 20m`: the bits that were chosen are moved about while the measured divergence falls.
 
 A choice from single measurements takes errors to add up. Here they need not. One walk solves each linear at its kind and at
-the two kinds beside it, behind blocks that are rounded as chosen (solving.py). Then a linear gains bits and others lose some,
+the two kinds beside it, after blocks that are rounded as chosen (solving.py). Then a linear gains bits and others lose some,
 within what may be spent (kind_space.py), and the models are compared by their divergence (evolution.py, divergence.py). Time
 ends it, so another run may try more or less; what was tried is journalled, and a fit that goes on repeats none of it and decides
 as one that never stopped. The result is one more finalist. Held-out text decides, as between the others.

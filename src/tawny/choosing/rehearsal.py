@@ -69,7 +69,7 @@ def rehearsing(
 def rehearse(
     session: Session, allocation: Allocation, samples: Samples, held_out: Samples, name: str = "finalist"
 ) -> Stream:
-    """`held_out` behind the last block of the model that `allocation` makes of the dense one; blocks are not refined.
+    """`held_out` after the last block of the model that `allocation` makes of the dense one; blocks are not refined.
 
     Args:
         session: its stack is dense before and after.

@@ -135,7 +135,7 @@ class Solved:
 
     Attributes:
         profile: measures of every block, for the candidates.
-        hidden: `[windows, tokens, hidden]` of the dense model behind its last block.
+        hidden: `[windows, tokens, hidden]` of the dense model after its last block.
         warnings: linears that saw no token.
     """
 
@@ -175,7 +175,7 @@ def solve_levels(
     name: str = WALK,
     note: Callable[[], None] = lambda: None,
 ) -> Solved:
-    """Walk through the model once, behind blocks that are solved at the levels of `space.uniform`.
+    """Walk through the model once, after blocks that are solved at the levels of `space.uniform`.
 
     Args:
         session: its stack is dense before and after; finished blocks are in its journal.
@@ -216,7 +216,7 @@ def solve_levels(
 class _SolveLevels(Visitor):
     """Solves every linear of a block at every level that changes something, a tensor at a time onto the disk.
 
-    Each stage is solved behind those before it, which are left as `space.uniform` says.
+    Each stage is solved after those before it, which are left as `space.uniform` says.
     """
 
     def __init__(self, session: Session, space: Space, store: LevelStore, note: Callable[[], None]) -> None:

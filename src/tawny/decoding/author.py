@@ -3,7 +3,7 @@
 It is sampled from the model's whole distribution, many texts at once, by `generate`, which runs every model that
 transformers can let write. A text begins with BOS or with the chat template's start of a question, by turns where there are
 both. The temperature falls from 1.5 to 1 over the first four tokens: early ones spread the texts, later ones read like the
-model. (From 2 over ten tokens SmolLM2 wanders off: by its own measure 4.25 nats a token behind them, against 3.65.) A passage
+model. (From 2 over ten tokens SmolLM2 wanders off: by its own measure 4.25 nats a token after them, against 3.65.) A passage
 of six tokens never comes twice in a text, which keeps small models out of loops. An end token does not end a text: what
 follows it is what the model was trained to see there, and every forward stays full.
 
@@ -139,7 +139,7 @@ class Author:
                     raise TextError(
                         "text 'self': the model writes nothing but its end token; give another text, such as wiki or a .txt file"
                     )
-                # The start is no part of the text, but of a chat it is: the model only knows what follows it.
+                # The start is not part of the text, but of a chat it is: the model only knows what follows it.
                 whole_RT = (
                     torch.cat([torch.tensor([start] * rows), written_RT], dim=1)
                     if len(start) > 1
@@ -208,7 +208,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _sampled(model: Any, start_RT: Tensor, length: int, progress: Progress) -> Tensor:
-    """`length` tokens behind each start, `[texts, length]`."""
+    """`length` tokens after each start, `[texts, length]`."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     first = start_RT.shape[1]

@@ -183,7 +183,7 @@ class Decoder:
     def _must_be_told(self, cache: Callable[[], Any] | None) -> bool:
         """Whether the model gives a token behind a cache the right position only if it is told it.
 
-        Some ask the first layer how much the cache holds, which knows nothing of it where it is no attention. Others must
+        Some ask the first layer how much the cache holds, which knows nothing of it where it is not attention. Others must
         not be told, since their positions begin past a padding token. So the second of two tokens is compared with both
         read at once.
 

@@ -46,10 +46,10 @@ class Tokenizer(Protocol):
 
 
 def check_prompt(prompt: Prompt) -> None:
-    """Refuse what is no prompt, before a model is opened for it.
+    """Refuse what is not a prompt, before a model is opened for it.
 
     Raises:
-        TextError: several prompts at once, no ids, a message without role or content, or a text that is no valid UTF-8.
+        TextError: several prompts at once, no ids, a message without role or content, or a text that is not valid UTF-8.
     """
     if isinstance(prompt, Tensor):
         if prompt.dim() not in (1, 2) or (prompt.dim() == 2 and len(prompt) != 1):

@@ -108,7 +108,7 @@ class Worker:
         return self._pending - self.running
 
     def check_room(self, count: int, ahead: int = 0) -> None:
-        """Raise Full if so many more may not wait, behind `ahead` that are not submitted yet."""
+        """Raise Full if so many more may not wait, after `ahead` that are not submitted yet."""
         before = self._pending + ahead
         if before + count > self.places + self.queue:
             waiting = max(0, before - self.places)

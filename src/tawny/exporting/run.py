@@ -34,7 +34,7 @@ def export(
         out: file to write.
         to: `gguf`, for llama.cpp.
         type: of the matrices: F32, F16, BF16, Q8_0, Q5_0 or Q4_0; None keeps the one they are stored in. With Q5_0 and Q4_0 the
-            embedding and the head are Q8_0; matrices whose width is no multiple of 32 are F16 then.
+            embedding and the head are Q8_0; matrices whose width is not a multiple of 32 are F16 then.
         tokenizer_from: a GGUF file (or `smollm2`) whose tokenizer is taken; None takes that of the GGUF file the model came
             from, or makes it from `tokenizer.json`.
         overwrite: replace an existing file.

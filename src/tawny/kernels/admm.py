@@ -55,7 +55,7 @@ def right(
     before: float,
     out_RI: Tensor,
 ) -> bool:
-    """`out` = ρ(D − W) − before·(T − D), D = T where |T| > threshold and it is no zero, else 0; False where it cannot."""
+    """`out` = ρ(D − W) − before·(T − D), D = T where |T| > threshold and it is not zero, else 0; False where it cannot."""
     kind = _kind(out_RI)
     if kind is None or not _usable(zero_RI, T_RI, W_RI):
         return False

@@ -1,7 +1,7 @@
 """Scales of groups of columns in eight bits: how they are stored where nothing is lost by it.
 
 Scales are bfloat16 otherwise. Solvers choose scales of five significant bits (solvers/grid.py), and those of one row
-seldom differ by more than a factor of 2⁸. So a sign, an exponent above the row's own, and four bits behind the leading one
+seldom differ by more than a factor of 2⁸. So a sign, an exponent above the row's own, and four bits after the leading one
 are enough:
 
     scale = 0 for the code 0, else (−1)^sign · (1 + fraction / 16) · 2^(e + exponent − 127)

@@ -55,7 +55,7 @@ def hard_context_of(model: Any) -> int | None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             if module is not words and 0 <= module.num_embeddings - limit <= _EXTRA_ROWS:
-                # Positions that begin behind the row of the padding, as RoBERTa's do.
+                # Positions that begin after the row of the padding, as RoBERTa's do.
                 return limit - (0 if module.padding_idx is None else module.padding_idx + 1)
             continue
         # A table the model makes itself is not in the checkpoint, which sets it apart from packed weights.

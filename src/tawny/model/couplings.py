@@ -350,7 +350,7 @@ class _Probe:
         return coupled
 
     def _experts_hold(self, couplings: Sequence[Coupling]) -> bool:
-        """`_holds` for the experts of one module; their products are no modules, so it is their weights that change."""
+        """`_holds` for the experts of one module; their products are not modules, so it is their weights that change."""
         gone_G = torch.randperm(couplings[0].members, generator=self.random) < couplings[0].members // 2
         columns, rows = couplings[0].columns_GC[gone_G], couplings[0].producers[0].index_GR[gone_G]
         first, second = couplings[0].producers[0].linear, couplings[0].consumer

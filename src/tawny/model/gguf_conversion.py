@@ -348,7 +348,7 @@ def _read_scaling(config: PretrainedConfig, fields: Mapping[str, Any], rope: str
         rope: what the names of its fields begin with.
 
     Raises:
-        CheckpointError: it is no linear scaling of plain positions.
+        CheckpointError: it is not a linear scaling of plain positions.
     """
     names = ("scaling.type", "scaling.factor", "scaling.original_context_length", "scale_linear")
     scaling = {name: fields[f"{rope}.{name}"].contents() for name in names if f"{rope}.{name}" in fields}

@@ -110,7 +110,7 @@ def _stacked(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _are_scored(module: nn.Module, count: int, parents: Sequence[nn.Module]) -> bool:
-    """Whether something beside a module scores that many experts; a router may score some more that are no matrices."""
+    """Whether something beside a module scores that many experts; a router may score some more that are not matrices."""
     own = {id(p) for p in module.parameters(recurse=False)}
     beside = (p for parent in parents[-2:] for p in parent.parameters() if p.dim() == 2 and id(p) not in own)
     return any(count <= size <= 2 * count for p in beside for size in p.shape)

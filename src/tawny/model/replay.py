@@ -73,7 +73,7 @@ class Layout:
 
     @classmethod
     def of(cls, hidden: Tensor, widths: frozenset[int]) -> Layout | None:
-        """None where they are no maps; the second dimension is tried first, as convolutions have it."""
+        """None where they are not maps; the second dimension is tried first, as convolutions have it."""
         if hidden.dim() < 4:
             return None
         last = hidden.shape[1] not in widths and hidden.shape[-1] in widths
@@ -230,7 +230,7 @@ class Replay:
         return states
 
     def _depends_on_data(self, inputs: Mapping[str, Tensor], calls: list[Call]) -> bool:
-        """Whether other numbers in the same shape give a block other arguments, or another step behind it."""
+        """Whether other numbers in the same shape give a block other arguments, or another step after it."""
         if self._calls_depend_on_data is None:
             words = int(getattr(self.model.config.get_text_config(), "vocab_size", 0))
             other = {k: 1 - v if v.is_floating_point() else (v + 1) % words for k, v in inputs.items()}
@@ -328,7 +328,7 @@ class Replay:
     def onward(
         self, index: int, inputs: Mapping[str, Tensor], hidden_BTH: Tensor, makes: _Makes = _itself
     ) -> Tensor:
-        """What the stack behind block `index` receives, `[batch, positions, width]`, if that block gives `hidden_BTH`.
+        """What the stack after block `index` receives, `[batch, positions, width]`, if that block gives `hidden_BTH`.
 
         Args:
             makes: what the blocks before it give of what they are given.

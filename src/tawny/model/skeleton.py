@@ -48,7 +48,7 @@ def model_class(config: PretrainedConfig) -> Any:
     `architectures` names, or without one the base model.
 
     Raises:
-        ModelError: transformers has no such class, or it is one with a decoder behind its encoder.
+        ModelError: transformers has no such class, or it is one with a decoder after its encoder.
     """
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -163,7 +163,7 @@ def open_skeleton(
     config = read_config(folder)
     with using_config(folder):
         if getattr(config, "quantization_config", None):
-            dict(config.quantization_config)  # what is no mapping cannot be used
+            dict(config.quantization_config)  # what is not a mapping cannot be used
             del config.quantization_config  # weights are read unpacked and decoded
         for key, value in (changes or {}).items():
             setattr(config.get_text_config(), key, value)

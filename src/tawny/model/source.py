@@ -44,7 +44,7 @@ def resolve(source: str | Path, say: Callable[[str], None] = lambda _: None) -> 
         say: told in one line when something long happens (a conversion, a download).
 
     Raises:
-        ModelError: nothing of that name exists here or on the hub, or what was given is no name.
+        ModelError: nothing of that name exists here or on the hub, or what was given is not a name.
         CheckpointError: the folder holds no safetensors.
         MissingFeature: `smollm2` was asked for and its package is not installed.
     """
@@ -101,7 +101,7 @@ def _download(repo: str, say: Callable[[str], None]) -> Path:
         raise ModelError(f"{repo!r} is neither a folder here nor a valid hub id") from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"{repo!r} is no folder here and the hub cannot be reached; give a local folder"
+            f"{repo!r} is not a folder here, and the hub cannot be reached; give a local folder"
         ) from error
     except Exception as error:  # what an unreachable hub raises depends on its client's version
         raise ModelError(f"{repo!r} cannot be fetched from the hub: {first_line(error)}") from error

@@ -337,7 +337,7 @@ class Stack:
         """How many hidden states a sample makes, in front of the first block.
 
         Raises:
-            TextError: an input is no tensor.
+            TextError: an input is not a tensor.
         """
         check_tensors(inputs)
         return int(self._replay.begin({name: value[:1] for name, value in inputs.items()})[0].shape[1])

@@ -1,7 +1,7 @@
 """What goes through a model: `Samples`, its inputs, and `Stream`, their hidden states between blocks.
 
 Samples are what a model's forward takes by name: token ids and a mask, pictures, sound. calibration/ makes them, and
-model/stack.py hands them to the model's own forward. Everything behind sees hidden states only.
+model/stack.py hands them to the model's own forward. Everything after sees hidden states only.
 """
 
 from __future__ import annotations

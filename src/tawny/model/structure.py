@@ -2,7 +2,7 @@
 
 The stack is the `nn.ModuleList` of same-class modules that holds most linear weights; nothing is known by name.
 Where each of these modules holds a list of blocks itself, and no width is common to all of the lists, the model has several
-stacks, one behind the other (Swin, ConvNeXt). Experts are such lists too, but all of them take the width of the model.
+stacks, one after the other (Swin, ConvNeXt). Experts are such lists too, but all of them take the width of the model.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def find_blocks(model: nn.Module) -> BlockList:
 
 
 def _stacks_in(outer: nn.ModuleList) -> dict[str, nn.ModuleList] | None:
-    """The lists of blocks that the members of a list hold, by path below it; None where they are no stacks."""
+    """The lists of blocks that the members of a list hold, by path below it; None where they are not stacks."""
     stacks: dict[str, nn.ModuleList] = {}
     tails: set[str] = set()
     for number, member in enumerate(outer):

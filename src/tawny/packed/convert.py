@@ -518,7 +518,7 @@ def _record(
 def _card(output: CheckpointWriter, folder: Path, note: str | None) -> None:
     """A packed folder's card says how it is opened; the card of the dense one does not."""
     path = folder / "README.md"
-    # A mark in front would hide the metadata, and a byte that is no UTF-8 is no reason not to pack.
+    # A mark in front would hide the metadata, and a byte that is not UTF-8 is no reason not to pack.
     text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     begin, end = text.find("<!-- packed -->"), text.find("<!-- /packed -->\n")
     if begin >= 0 and end >= 0:

@@ -137,7 +137,7 @@ class PackedLinearEntry:
 
     @property
     def parameter(self) -> str | None:
-        """The fused parameter that an expert is part of; None for a weight that is no expert's."""
+        """The fused parameter that an expert is part of; None for a weight that is not an expert's."""
         return None if self.rows is None and self.index is None else self.name.rpartition(".")[0]
 
     def shape_of(self, source: str | None = None) -> tuple[int, int]:

@@ -69,7 +69,7 @@ class PrunedBlock:
         return all(self.allocation[linear.name] == 1 for linear in self.linears)
 
     def stages(self) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
-        """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
+        """The stages and what they saw: all of the dense block at once, or each after the ones already pruned."""
         order = self.job.recipe.order
         if self.job.couplings:
             yield from self._couplings(self.job.couplings[self.index])

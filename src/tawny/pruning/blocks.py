@@ -152,7 +152,7 @@ def _through(stream: Stream, index: int, hidden: list[Tensor]) -> list[Tensor]:
 
 
 def _onward(stream: Stream, index: int) -> list[Tensor]:
-    """What comes behind block `index` if it passes on what it receives, a chunk each, in memory of its own."""
+    """What comes after block `index` if it passes on what it receives, a chunk each, in memory of its own."""
     return [stream.stack.onward(one.clone(), stream.call(index, c)) for c, one in enumerate(stream.hidden)]
 
 

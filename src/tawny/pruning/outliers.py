@@ -2,7 +2,7 @@
 
 A weight is an outlier when |W|·‖X‖ is above M times the block's mean (OWL, 2310.05175, section 3). Solvers that look
 at inputs leave column norms behind, so counting once with the dense and once with the pruned weights costs two more
-reads of a block and no forward. Both counts see the same inputs: those that reach the block behind the already pruned
+reads of a block and no forward. Both counts see the same inputs: those that reach the block after the already pruned
 blocks, which is where they differ from a profile of the dense model.
 """
 

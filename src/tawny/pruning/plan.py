@@ -125,7 +125,7 @@ def plan(
     budget = parse_size(memory)
     load, notes = load_of(job, budget) if job.needs_samples else (Load(wanted.samples, wanted.seqlen, 0), [])
     tokens = load.samples * load.seqlen if job.needs_samples else 0
-    streams = 2 if recipe.refine.epochs else 1  # behind pruned blocks, and behind dense ones
+    streams = 2 if recipe.refine.epochs else 1  # after pruned blocks, and after dense ones
     placement = place(demand_of(job, load), budget, available(job.stack.device))
     checkpoint = stack.checkpoint
     assert checkpoint is not None

@@ -177,7 +177,7 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
     check_selection(chosen, [x for linears in every for x in linears], recipe.include, recipe.exclude)
     pattern = recipe.make_pattern()
     if changes:
-        check_ends(stack.model, recipe.values.head, recipe.values.embedding)  # before the work, not behind it
+        check_ends(stack.model, recipe.values.head, recipe.values.embedding)  # before the work, not after it
         check_writable(chosen)
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
         if isinstance(pattern, NM):
@@ -305,7 +305,7 @@ def _check_live(recipe: Recipe, stack: Stack) -> None:
         )
     if adapters(stack.model):
         raise ModelError(
-            f"the live {type(stack.model).__name__} carries adapters of peft, whose factors are no weights to prune: "
+            f"the live {type(stack.model).__name__} carries adapters of peft, whose factors are not weights to prune: "
             "merge_and_unload() them first"
         )
     own = str(stack.compute).removeprefix("torch.")

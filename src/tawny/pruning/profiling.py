@@ -174,7 +174,7 @@ def allocate(
         warnings: told where rounding made equal what the allocator gave different linears of a block, or different blocks.
 
     Raises:
-        RecipeError: a chosen number is no whole n of m, or blocks are to leave in part.
+        RecipeError: a chosen number is not a whole n of m, or blocks are to leave in part.
     """
     if isinstance(pattern, Rank):
         if warnings is not None:

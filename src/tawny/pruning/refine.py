@@ -2,7 +2,7 @@
 
 EBFT, Guo et al. 2024 (2402.12419). A block's mask is fixed; its surviving weights, norms and biases are trained by
 Adam so that the pruned block, fed what the pruned blocks before it give, puts out what the dense block puts out
-behind dense blocks:
+after dense blocks:
 
     min over θ of  Σ_t Σ_h c_h (f(x_t; θ, mask) − y_t)²_h / ‖y_t‖²,   x from the pruned stream, y from the dense one,
 
@@ -109,7 +109,7 @@ def refine(
 
     Args:
         inputs: the pruned stream in front of the block.
-        targets: the dense stream behind the block.
+        targets: the dense stream after the block.
         linears: the pruned ones.
         solved: their weights in float32, before they were rounded; a missing one starts from the stored weight.
         seed: of the recipe.

@@ -351,7 +351,7 @@ def _calibration(
 
     Raises:
         RecipeError: samples are longer than the model's table of positions.
-        TextError: what was given is no tokens.
+        TextError: what was given is not tokens.
     """
     wanted, model = job.recipe.calibration, job.stack.model
     progress, clock, ranks = run.progress, run.clock, run.ranks

@@ -128,7 +128,7 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
         *section_of, name = _locate(key, merged)
         target = merged[section_of[0]] if section_of else merged
         again = name in ("include", "exclude") and name in seen  # -o include=A -o include=B
-        # A value that is no list is refused with all others.
+        # A value that is not a list is refused with all others.
         joins = again and all(isinstance(one, str | list | tuple) for one in (value, target[name]))
         target[name] = [*as_list(target[name]), *as_list(value)] if joins else value
         seen.add(name)

@@ -36,7 +36,7 @@ _HELD_OUT = 8  # of so many pictures one is held out, as long as there are fewer
 
 @dataclass
 class Crops:
-    """Crops to train on and, behind them, crops held out; a row names one of either.
+    """Crops to train on and, after them, crops held out; a row names one of either.
 
     Attributes:
         files: that are trained on, one folder behind the other.

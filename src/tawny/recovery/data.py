@@ -52,7 +52,7 @@ _TURN = 100
 
 
 class Reading(Protocol):
-    """What a recovery is shown: rows to train on and, behind them, rows held out.
+    """What a recovery is shown: rows to train on and, after them, rows held out.
 
     Attributes:
         passes: each row that is trained on is read once and never again.
@@ -88,7 +88,7 @@ class ReadingOrder:
     """Which of what is trained on comes when: each source in seeded epochs of its own, and all by turns.
 
     Args:
-        counts: how many each source has, one behind the other.
+        counts: how many each source has, one after the other.
         shares: of each source in what is read.
     """
 
@@ -121,7 +121,7 @@ class ReadingOrder:
 
 @dataclass
 class TrainingWindows:
-    """Samples to train on and, behind them, samples held out; a row names one of either."""
+    """Samples to train on and, after them, samples held out; a row names one of either."""
 
     samples: Samples
     order: ReadingOrder

@@ -42,7 +42,7 @@ def _count(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_count)]
-# Infinity and NaN are no JSON, and no setting either.
+# Infinity and NaN are not JSON, and no setting either.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Trained = Annotated[

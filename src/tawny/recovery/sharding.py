@@ -1,8 +1,8 @@
 """Train on N processes with FSDP2: each holds 1/N of the blocks and of what is trained, 50 % with two of them.
 
-torch gathers a block's weights in front of its forward and its backward, drops them behind, and adds up gradients row
+torch gathers a block's weights in front of its forward and its backward, drops them after, and adds up gradients row
 by row where those rows live (`torch.distributed.fsdp.fully_shard`). The optimiser's vectors are made from the rows that a
-process keeps. Rows are whole and in order: the vectors of all processes, one behind the other, are the vector that a
+process keeps. Rows are whole and in order: the vectors of all processes, one after the other, are the vector that a
 single process would have. What it costs in speed was not measured.
 """
 

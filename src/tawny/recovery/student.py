@@ -109,7 +109,7 @@ class Student:
                 self.coordinates.append(Survivors(name, parameter, stored, masked=False))
 
     def _small_outside(self) -> Iterator[tuple[str, tuple[nn.Parameter, Tensor]]]:
-        """Those behind the blocks; what lies before them, such as a norm of the embedding, stays as it is."""
+        """Those after the blocks; what lies before them, such as a norm of the embedding, stays as it is."""
         stack, checkpoint = self.stack, self.stack.checkpoint
         units = {name: unit for unit in (checkpoint.units if checkpoint else ()) for name in unit.targets}
         for name, parameter in stack.model.named_parameters():

@@ -575,7 +575,7 @@ class Training:
 
 @contextmanager
 def _stopping(progress: Progress) -> Iterator[threading.Event]:
-    """Ctrl-C ends the run behind the step it is in; a second one ends it at once."""
+    """Ctrl-C ends the run after the step it is in; a second one ends it at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -119,7 +119,7 @@ def card(record: RecoveryRecord, folder: Path | None, made: Path) -> str:
     """The card of what was recovered.
 
     Where the source's is as Tawny made it, it is made again from the `run.json` in `made`, so that no hash in it is of the
-    weights before. What a person wrote is kept, with a section about the recovery behind it.
+    weights before. What a person wrote is kept, with a section about the recovery after it.
     """
     if folder is None or not (folder / CARD).is_file():
         return _section(record)

@@ -30,7 +30,7 @@ class Block:
 
     Attributes:
         streams: the samples in front of the block, by name; behind it once a visitor has advanced them.
-        wanted: names of the streams that something receives behind the block: of all, or at the end of the walk of those
+        wanted: names of the streams that something receives after the block: of all, or at the end of the walk of those
             whose end is wanted.
     """
 
@@ -83,10 +83,10 @@ def walk(
         phase: what the progress calls it; steps of "" belong to a phase that has begun before.
         drop_outside: once the samples are embedded, drop what is in no block, such as embeddings, where no block asks for it; it is
             read again when it is needed.
-        ends: samples whose hidden states behind the last block are wanted; they stay in memory.
+        ends: samples whose hidden states after the last block are wanted; they stay in memory.
 
     Returns:
-        The streams, behind the last block where that is wanted. Of a walk that an earlier run finished only those.
+        The streams, after the last block where that is wanted. Of a walk that an earlier run finished only those.
 
     Raises:
         NumericalError: what enters a block is not finite.

@@ -270,7 +270,7 @@ def _characters(part: ChatMessage | Tool) -> int:
 
 
 def _bytes_of_letters(entry: str) -> bytes:
-    """The bytes that a vocabulary of bytes writes as letters, as GPT-2's does; empty where it is no such vocabulary."""
+    """The bytes that a vocabulary of bytes writes as letters, as GPT-2's does; empty for any other vocabulary."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in plain]
     letters = {chr(byte): byte for byte in plain} | {chr(256 + at): byte for at, byte in enumerate(others)}

@@ -57,9 +57,9 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> Refused:
         case "missing":
             return Refused(f"'{where or 'the body'}' is missing", param=where or None)
         case "json_invalid":
-            return Refused("the body is no valid JSON")
+            return Refused("the body is not valid JSON")
         case "model_attributes_type" if not where:
-            return Refused("the body is no JSON object; send one with 'Content-Type: application/json'")
+            return Refused("the body is not a JSON object; send one with 'Content-Type: application/json'")
     said = str(error["msg"]).removeprefix("Value error, ")
     return Refused(f"'{where}': {said}" if where else said, param=where or None)
 
@@ -212,7 +212,9 @@ def _function(called: CalledFunction) -> dict[str, Any]:
     try:
         return {"name": called.name, "arguments": json.loads(called.arguments)}
     except ValueError:
-        raise Refused(f"the arguments of the call of {called.name!r} are no JSON", param="messages") from None
+        raise Refused(
+            f"the arguments of the call of {called.name!r} are not JSON", param="messages"
+        ) from None
 
 
 class Function(_Fields):

@@ -28,7 +28,7 @@ _TEXT = "☃"  # which no call begins with
 
 
 def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not JSON")
 
 
 _RAW = json.JSONDecoder(parse_constant=_no_constant)
@@ -139,7 +139,7 @@ class CallFormat:
         return (content.strip(), calls) if calls else (text, [])
 
     def grammar(self, functions: list[Function], grammars: Grammars, tokenizer: Any, several: bool) -> str:
-        """In Lark's notation of llguidance: what comes behind `begin`."""
+        """In Lark's notation of llguidance: what comes after `begin`."""
         write = _Writer(grammars, tokenizer)
         names = [f"call{i}" for i in range(len(functions))]
         again = f" ({write.text(self.between)} call)*" if several and self.between is not None else ""
@@ -203,7 +203,7 @@ class Beginning:
         self.behind: str | None = None  # what follows the beginning; None until there is one
 
     def add(self, piece: str) -> str:
-        """The characters that are no part of it; none once it was found."""
+        """The characters that are not part of it; none once it was found."""
         if self.behind is not None:
             self.behind += piece
             return ""
@@ -226,7 +226,7 @@ class Beginning:
 
 
 class _Writer:
-    """Writes text for a grammar, where special tokens are no text."""
+    """Writes text for a grammar, where special tokens are not text."""
 
     def __init__(self, grammars: Grammars, tokenizer: Any) -> None:
         self.special = {

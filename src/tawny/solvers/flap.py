@@ -4,7 +4,7 @@ An et al., "Fluctuation-based adaptive structured pruning for large language mod
 of the consumer's column j, the score of a member is Σ_j var(X_j)·‖W_:,j‖² (eq. 5), and the bias that the consumer gets is
 b += W_:,S·mean(X_S) (eq. 4). The paper also shares the budget by standardised scores of all layers; here an allocator does.
 Of heads its authors' code sums the squares of these scores, and it measures the dense model throughout; here they are summed
-as they are, behind pruned blocks.
+as they are, after pruned blocks.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def read_quantised(
     entries: Mapping[str, TensorEntry],
     read: Callable[[str], Tensor],
 ) -> tuple[dict[str, Coded], set[str]]:
-    """The float tensors of a quantised checkpoint that are made from stored ones, and names of stored tensors that are no weights.
+    """The float tensors of a quantised checkpoint that are made from stored ones, and names of stored tensors that are not weights.
 
     Raises:
         ModelError: no reader knows the method.
