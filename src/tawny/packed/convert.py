@@ -41,8 +41,7 @@ from tawny.progress import Progress, silent
 from tawny.recipe.files import load_recipe
 from tawny.recipe.schema import Values
 from tawny.record import weight_files
-from tawny.run.place import Workplace, place_of
-from tawny.run.writer import CheckpointWriter
+from tawny.run.writer import CheckpointWriter, written_at_once
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.
@@ -313,13 +312,7 @@ def pack(
     if is_packed(folder):
         raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
     record = _record_of(folder)
-    with Workplace(place_of(out)) as place:
-        place.claim(
-            overwrite=overwrite,
-            reads=[("model", folder), ("model", Path(source).expanduser())],
-            continues=False,
-        )
-        output = CheckpointWriter(place)
+    with written_at_once(out, source, folder, overwrite=overwrite) as output:
         writer = PackedWriter(output.folder)
         files = weight_paths(folder)  # one without tensors, too: the index names it
         for path in files:
@@ -431,13 +424,7 @@ def unpack(
     if not is_packed(folder):
         raise CheckpointError(f"{source} is not a packed folder; there is nothing to unpack")
     packed, record = PackedFolder(folder), _record_of(folder)
-    with Workplace(place_of(out)) as place:
-        place.claim(
-            overwrite=overwrite,
-            reads=[("model", folder), ("model", Path(source).expanduser())],
-            continues=False,
-        )
-        output = CheckpointWriter(place)
+    with written_at_once(out, source, folder, overwrite=overwrite) as output:
         total = 0
         for part in packed.source:
             name, text, entries = part.file, part.header, part.entries()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointWriter", "check_savable"]
+__all__ = ["CheckpointWriter", "check_savable", "written_at_once"]
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -21,7 +22,7 @@ from tawny.model.durable import writing
 from tawny.model.shards import SHARD_BYTES, index_of, shard_names
 from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_tensors
 from tawny.precision import cast
-from tawny.run.place import Workplace
+from tawny.run.place import Workplace, place_of
 
 
 def check_savable(model: Any) -> None:
@@ -168,3 +169,19 @@ class CheckpointWriter:
     def deliver(self) -> None:
         """Give the finished checkpoint the name OUT."""
         self.place.deliver(self.folder)
+
+
+@contextmanager
+def written_at_once(
+    out: str | Path, source: str | Path, folder: Path, *, overwrite: bool
+) -> Iterator[CheckpointWriter]:
+    """A checkpoint of which nothing is kept until all of it is written and delivered.
+
+    Args:
+        source: the model that is read, as it was named.
+        folder: where it lies.
+    """
+    with Workplace(place_of(out)) as place:
+        reads = [("model", folder), ("model", Path(source).expanduser())]
+        place.claim(overwrite=overwrite, reads=reads, continues=False)
+        yield CheckpointWriter(place)

@@ -35,10 +35,9 @@ from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress, silent
-from tawny.run.place import Workplace, place_of
 from tawny.run.run import Run
 from tawny.run.walk import Advance, Block, Visitor, walk
-from tawny.run.writer import CheckpointWriter
+from tawny.run.writer import CheckpointWriter, written_at_once
 from tawny.slimming.depth import renumbered
 from tawny.slimming.widths import config_of_block, described, key_of_text, settings_of_block
 from tawny.words import size
@@ -108,13 +107,7 @@ def slim(
             f"{source} is a model of several stacks, whose config.json cannot say the widths or blocks that are left; `tawny pack` "
             "makes it smaller instead"
         )
-    with Workplace(place_of(out)) as place:
-        place.claim(
-            overwrite=overwrite,
-            reads=[("model", folder), ("model", Path(source).expanduser())],
-            continues=False,
-        )
-        output = CheckpointWriter(place)
+    with written_at_once(out, source, folder, overwrite=overwrite) as output:
         with torch.no_grad(), evaluating(stack.model):
             cut, expected = _cut(stack, output, str(source), progress)
             blocks = [f"{index:05d}" for index in range(len(stack)) if index not in cut.dropped]
