@@ -55,10 +55,10 @@ def allocators_to_try(
     for turn in itertools.zip_longest(*(every[name] for name in names)):
         for family, allocator in zip(names, turn, strict=True):
             if allocator is not None:
-                told = " ".join(
+                strengths = " ".join(
                     f"{key.rstrip('_')}={_shown(vars(allocator)[key])}" for key in options[family]
                 )
-                yield family, f"{family} {told}", allocator
+                yield family, f"{family} {strengths}", allocator
 
 
 def surveyed(names: Sequence[str]) -> Survey:

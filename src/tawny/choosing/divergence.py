@@ -50,11 +50,11 @@ class Reference:
 
     def divergence(self, logits_TV: Tensor) -> Tensor:
         """`[tokens]`: the Kullback–Leibler divergence Σ p·(log p − log q) of a model from the dense one, in nats."""
-        made: Tensor = self.negative_entropy.clone()
+        divergence: Tensor = self.negative_entropy.clone()
         for some in _cached(logits_TV):
             log_q = nn.functional.log_softmax(logits_TV[some].float(), dim=-1)
-            made[some] -= torch.linalg.vecdot(self.p[some], log_q)
-        return made
+            divergence[some] -= torch.linalg.vecdot(self.p[some], log_q)
+        return divergence
 
 
 def _cached(logits_TV: Tensor) -> list[slice]:
@@ -116,13 +116,13 @@ class Scorer:
             some = order[start : start + at_once]
             trying = _Try(self, some)
             streams = walk(Run.unkept(silent), self.stack, {HELD_OUT: samples}, [trying])
-            found = self._compare(streams[HELD_OUT], rows, trying.parts)
-            self.scores.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
+            compared = self._compare(streams[HELD_OUT], rows, trying.parts)
+            self.scores.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in compared.items()})
 
     def judge(self, stream: Stream, windows: Sequence[int]) -> tuple[float, list[float]]:
         """The score of a model that the numbered windows have gone through, and on each: `stream` is after its last block."""
-        found = self._compare(stream, windows, [_Agreeing([0], list(stream.hidden))])[0]
-        return mean(found), [mean([each]) for each in found]
+        sums = self._compare(stream, windows, [_Agreeing([0], list(stream.hidden))])[0]
+        return mean(sums), [mean([each]) for each in sums]
 
     def of_hidden(
         self, hidden: Tensor, head: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -61,8 +61,8 @@ class Trial:
     @property
     def last_word(self) -> float:
         """The proof where there is one, else the verdict; infinite without either."""
-        found = self.verdict if self.proof is None else self.proof
-        return math.inf if found is None else found
+        score = self.verdict if self.proof is None else self.proof
+        return math.inf if score is None else score
 
 
 @dataclass
@@ -132,10 +132,10 @@ def evolve(
         cut = stopped()
         if cut:
             break
-        found = hunt.generation(parent, min(offspring, trials - len(hunt.known)))
-        if found is None:  # nothing new is within reach
+        child = hunt.generation(parent, min(offspring, trials - len(hunt.known)))
+        if child is None:  # nothing new is within reach
             break
-        parent = min(found, parent, key=lambda trial: trial.score)
+        parent = min(child, parent, key=lambda trial: trial.score)
         generations.append(parent.score)
         step(f"best {parent.score:.4f}, uniform {uniform.score:.4f}")
     last = list({id(trial): trial for trial in (uniform, *first[:3], parent)}.values())
@@ -190,12 +190,12 @@ class _Hunt:
         """Try at most so many of what is proposed, in rounds; why that was stopped, or ""."""
         proposals = islice(proposals, most)
         while batch := list(islice(proposals, self.offspring)):
-            made = []
+            trials = []
             for proposal in batch:
                 levels = self.space.nearest(proposal.allocation)
                 new = Trial(proposal.name, levels, math.inf, 0, allocation=proposal.allocation)
-                made.append(self.known.setdefault(levels, new))
-            self.score(made, self.few())
+                trials.append(self.known.setdefault(levels, new))
+            self.score(trials, self.few())
             best = min(self.known.values(), key=lambda trial: trial.score)
             self.step(f"best {best.score:.4f}, {best.name}")
             if reason := stopped():

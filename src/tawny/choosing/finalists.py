@@ -133,7 +133,7 @@ def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) 
     source = session.job.folder
     assert source is not None
     recipe = session.job.recipe
-    found = agreement(
+    agreed = agreement(
         folder, source, deciding, compute=recipe.compute, device=recipe.device, progress=session.run.progress
     )
     taken = file_bytes(folder) + (folder / INDEX).stat().st_size
@@ -146,12 +146,12 @@ def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) 
         "head": finalist.head,
         "embedding": finalist.embedding,
         "expected": finalist.expected,
-        "kl": found.kl,
-        "kl_stderr": found.kl_stderr,
-        "kl_by_window": list(found.kl_by_window),
-        "top1": found.top1,
-        "perplexity": found.perplexity.perplexity,
-        "dense_perplexity": found.dense.perplexity,
+        "kl": agreed.kl,
+        "kl_stderr": agreed.kl_stderr,
+        "kl_by_window": list(agreed.kl_by_window),
+        "top1": agreed.top1,
+        "perplexity": agreed.perplexity.perplexity,
+        "dense_perplexity": agreed.dense.perplexity,
     }
 
 

@@ -256,10 +256,10 @@ def _refined(
     if settings.seconds is None:
         return ""
     with session.run.clock("refining"):
-        finalist, told = refine(session, table, settings.seconds, samples, searched, work)
+        finalist, outcome = refine(session, table, settings.seconds, samples, searched, work)
     finalists += [finalist] if finalist is not None else []
-    session.run.progress.say(told["says"])
-    return str(told["says"])
+    session.run.progress.say(outcome["says"])
+    return str(outcome["says"])
 
 
 def _room(session: Session, target: Target) -> Room:
@@ -290,16 +290,22 @@ def _speed(
         )
         return None
     asked = target.speed
-    made = bench(folder, prompt_tokens=_PROMPT, tokens=_DECODED, rounds=3, progress=session.run.progress)
-    found = made.decode_tokens_per_second
-    if found < asked:
+    speed = bench(folder, prompt_tokens=_PROMPT, tokens=_DECODED, rounds=3, progress=session.run.progress)
+    reached = speed.decode_tokens_per_second
+    if reached < asked:
         warnings.append(
-            f"it writes {found:.1f} tokens a second, fewer than the {asked:g} that were asked for: repeat to another --out "
-            f"with --speed {asked * asked / found:.3g} --measured {shlex.quote(str(session.record.out))}, which measures nothing "
+            f"it writes {reached:.1f} tokens a second, fewer than the {asked:g} that were asked for: repeat to another --out "
+            f"with --speed {asked * asked / reached:.3g} --measured {shlex.quote(str(session.record.out))}, which measures nothing "
             "again"
         )
-    told = {"asked": asked, "measured": found, "quartiles": list(made.decode_quartiles)}
-    return {**told, "threads": made.threads, "kernel": made.kernel, "assumes": room.pace.told()}
+    return {
+        "asked": asked,
+        "measured": reached,
+        "quartiles": list(speed.decode_quartiles),
+        "threads": speed.threads,
+        "kernel": speed.kernel,
+        "assumes": room.pace.told(),
+    }
 
 
 def _measured(

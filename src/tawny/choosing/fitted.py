@@ -194,20 +194,20 @@ def deliver(session: Session, fitted: Fitted, folder: Path) -> None:
     """Make a finalist's folder the output."""
     place = session.place
     assert place is not None
-    told = finite(fitted.to_dict())
+    facts = finite(fitted.to_dict())
     beside = folder.with_suffix(".yaml")
     if beside.exists():
         shutil.copyfile(beside, folder / ALLOCATION)
-    _own(folder, place, told, session.record.memory_before)
+    _own(folder, place, facts, session.record.memory_before)
     for suffix in (".png", ".svg"):
         path = folder / f"fit{suffix}"
-        or_say(path, partial(plot_fit, told, path), session.run.progress)
-    text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        or_say(path, partial(plot_fit, facts, path), session.run.progress)
+    text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_beside(folder / "fit.json", text)
     place.deliver(folder)
 
 
-def _own(folder: Path, place: Workplace, told: Mapping[str, Any], memory_before: int) -> None:
+def _own(folder: Path, place: Workplace, facts: Mapping[str, Any], memory_before: int) -> None:
     """Let record and recipe name what will be there, and let record, card and page tell of the fit."""
     path = folder / "run.json"
     plain = json.loads(path.read_text(encoding="utf-8"))
@@ -229,8 +229,8 @@ def _own(folder: Path, place: Workplace, told: Mapping[str, Any], memory_before:
         "seconds",
         "resumed",
     )
-    plain |= {"out": str(place.out), "source": told["source"], "fit": {key: told[key] for key in kept}}
-    plain |= {"peak_memory": told["peak_memory"], "memory_before": memory_before}
+    plain |= {"out": str(place.out), "source": facts["source"], "fit": {key: facts[key] for key in kept}}
+    plain |= {"peak_memory": facts["peak_memory"], "memory_before": memory_before}
     write_beside(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
     write_beside(folder / "recipe.yaml", dump_recipe(Recipe.from_mapping(plain["recipe"])))
     refresh(folder)

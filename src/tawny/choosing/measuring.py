@@ -152,9 +152,9 @@ def _rounded(
     block.session.run.progress.detail(f"rounding {linear.name}", 0, 0)
     bits, rounds = {}, {}
     for kind in KINDS_TRIED:
-        made = rounded(W_RI, kind)
-        bits[kind] = reconstruction_error(W_RI, made, H_II)
-        rounds[kind] = float((made == 0).float().mean())
+        rounded_RI = rounded(W_RI, kind)
+        bits[kind] = reconstruction_error(W_RI, rounded_RI, H_II)
+        rounds[kind] = float((rounded_RI == 0).float().mean())
     zeros = {
         str(share): reconstruction_error(W_RI, Wanda().solve(W_RI, known, job.pattern, share).weight, H_II)
         for share in SPARSITIES
@@ -187,14 +187,14 @@ def react(session: Session, scorer: Scorer, measures: Mapping[str, Measures]) ->
     windows = range(len(scorer.held_out))
     parts = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
     session.run.progress.phase("measuring how the output reacts", len(parts), "rounds")
-    found: dict[tuple[int, ...], float] = {}
+    score: dict[tuple[int, ...], float] = {}
     for number, part in enumerate(parts, 1):
-        found |= zip(part, scorer(part, windows), strict=True)
+        score |= zip(part, scorer(part, windows), strict=True)
         session.run.progress.step(f"round {number}")
     # A model that broke down is far worse than any that did not, and shares cannot be of infinity.
-    most = max((value for value in found.values() if math.isfinite(value)), default=1.0)
+    most = max((value for value in score.values() if math.isfinite(value)), default=1.0)
     known = {
-        key: max(0.0, found[levels]) if math.isfinite(found[levels]) else 10 * max(1.0, most)
+        key: max(0.0, score[levels]) if math.isfinite(score[levels]) else 10 * max(1.0, most)
         for key, levels in sets.items()
     }
     own = {name: known["linear", name] for name in alone}
@@ -213,7 +213,7 @@ def far_from_role(errors: Mapping[str, float], role: Mapping[str, str]) -> list[
     of_role: dict[str, list[float]] = {}
     for name, error in errors.items():
         of_role.setdefault(role[name], []).append(error)
-    usual = {each: median(found) for each, found in of_role.items()}
+    usual = {each: median(own) for each, own in of_role.items()}
     far = {
         name: abs(math.log(error / usual[role[name]]))
         for name, error in errors.items()
@@ -230,7 +230,7 @@ def react_ends(session: Session, size: PackedSize, scorer: Scorer) -> dict[str, 
     A kind of the `head` is that of an embedding which is tied to it, too.
     """
     stack, samples = session.job.stack, scorer.held_out
-    found: dict[str, dict[str, float]] = {"head": {}, "embedding": {}}
+    lost: dict[str, dict[str, float]] = {"head": {}, "embedding": {}}
     names = {"head": size.head, "embedding": size.embedding}
     kinds = len(KINDS_TRIED) * sum(name is not None for name in names.values())
     session.run.progress.phase("rounding head and embedding", kinds, "kinds")
@@ -238,33 +238,33 @@ def react_ends(session: Session, size: PackedSize, scorer: Scorer) -> dict[str, 
     for end, name in names.items():
         module: Any = None if name is None else stack.model.get_submodule(name)
         for kind in () if module is None else KINDS_TRIED:
-            found[end][kind] = math.inf  # a model that breaks down is not chosen
+            lost[end][kind] = math.inf  # a model that breaks down is not chosen
             with suppress(NumericalError):
                 W = module.weight.detach()
-                made = format.unpack(pack_end(W, kind, str(name)), W.dtype).to(W.device)
+                rounded = format.unpack(pack_end(W, kind, str(name)), W.dtype).to(W.device)
                 hidden = scorer.hidden
                 if end == "embedding" or size.tied:
-                    hidden = _through(session, samples, size.tied or name, made)
-                head = partial(_weight, module, made) if end == "head" else nullcontext
-                found[end][kind] = max(0.0, scorer.of_hidden(hidden, head))
+                    hidden = _through(session, samples, size.tied or name, rounded)
+                head = partial(_weight, module, rounded) if end == "head" else nullcontext
+                lost[end][kind] = max(0.0, scorer.of_hidden(hidden, head))
             session.run.progress.step(f"{end} {kind}")
-    return found
+    return lost
 
 
-def _through(session: Session, samples: Samples, embedding: str | None, made: Tensor) -> Tensor:
+def _through(session: Session, samples: Samples, embedding: str | None, weight: Tensor) -> Tensor:
     """`[windows, tokens, hidden]` after the last block with another embedding."""
     stack = session.job.stack
-    with _weight(stack.model.get_submodule(str(embedding)), made):
+    with _weight(stack.model.get_submodule(str(embedding)), weight):
         stream = stream_through(stack, samples, silent, "")
     return torch.cat(list(stream.hidden))
 
 
 @contextmanager
-def _weight(module: torch.nn.Module, made: Tensor) -> Iterator[None]:
+def _weight(module: torch.nn.Module, weight: Tensor) -> Iterator[None]:
     """Inside, a module (and what shares its weight) multiplies by another one."""
     parameter: Any = module.weight
     before = parameter.data
-    parameter.data = made
+    parameter.data = weight
     try:
         yield
     finally:

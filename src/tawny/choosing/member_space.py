@@ -99,9 +99,9 @@ class MemberSpace(Space):
         for turn, place in enumerate(fine):
             part = owed * (turn + 1) // len(fine) - owed * turn // len(fine)
             removed[place] = min(self.units[place].members - 1, max(0, removed[place] + part))
-        made = dict(zip(self.units, removed, strict=True))
+        of_unit = dict(zip(self.units, removed, strict=True))
         units = (self._unit_of[place] for place in range(len(self.linears)))
-        return {x.name: made[unit] / unit.members for x, unit in zip(self.linears, units, strict=True)}
+        return {x.name: of_unit[unit] / unit.members for x, unit in zip(self.linears, units, strict=True)}
 
     def within(self, allocation: Allocation) -> Allocation:
         """An allocation as the levels that follow it most closely: what can be scored as it is."""
@@ -125,10 +125,10 @@ class MemberSpace(Space):
 
     def mutated(self, levels: Levels, chance: random.Random) -> Levels:
         """One to three couplings move by a level, and others, by chance, so that the budget is met again."""
-        made = list(self._of_units(levels))
+        moved = list(self._of_units(levels))
         for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
-            self._move(made, chance)
-        return self._of_linears(made)
+            self._move(moved, chance)
+        return self._of_linears(moved)
 
     def _move(self, levels: list[int], chance: random.Random) -> None:
         before, first = list(levels), chance.randrange(len(levels))
@@ -161,11 +161,11 @@ class MemberSpace(Space):
         return [levels[unit.places[0]] for unit in self.units]
 
     def _of_linears(self, levels: Sequence[int]) -> Levels:
-        made = [0] * len(self.linears)
+        of_linears = [0] * len(self.linears)
         for unit, level in zip(self.units, levels, strict=True):
             for place in unit.places:
-                made[place] = level
-        return tuple(made)
+                of_linears[place] = level
+        return tuple(of_linears)
 
 
 SparsitySpace = WeightSpace | MemberSpace

@@ -102,7 +102,7 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
     threads, streamed = torch.get_num_threads(), torch.zeros(_STREAMED // 4)
     # Measured again before each kernel, because other guests of a machine slow memory down for a while: a kernel is compared
     # with the memory of its moment, and the best of all moments is the machine's.
-    found = [streamed.nbytes / _least(partial(native.stream, streamed, threads))]
+    streams = [streamed.nbytes / _least(partial(native.stream, streamed, threads))]
     progress.step("memory")
     generator = torch.Generator().manual_seed(0)
     W_OI = torch.randn(shape, generator=generator)
@@ -112,23 +112,23 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
     call = _seconds([PackedLinear(few)] * _CALLS, x_TI)
 
     def against(make: Callable[[], Callable[[Tensor], Any]], size: int) -> float:
-        found.append(streamed.nbytes / _least(partial(native.stream, streamed, threads)))
-        return _slower(make, size, x_TI, found[-1], call)
+        streams.append(streamed.nbytes / _least(partial(native.stream, streamed, threads)))
+        return _slower(make, size, x_TI, streams[-1], call)
 
     slower = {}
     for level in every:
         packed = format.pack(W_OI * (order_OI >= level.sparsity), level.kind, whole=not level.sparsity)
 
-        def made(packed: PackedTensor = packed) -> Callable[[Tensor], Any]:
+        def multiplier(packed: PackedTensor = packed) -> Callable[[Tensor], Any]:
             tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
             return PackedLinear(PackedTensor(tensors, packed.shape, packed.values, packed.group))
 
-        slower[_key(level)] = against(made, packed.nbytes)
+        slower[_key(level)] = against(multiplier, packed.nbytes)
         progress.step(_key(level))
     W_OI = W_OI.bfloat16()
     slower[DENSE] = against(lambda: DenseLinear(W_OI.clone()), W_OI.nbytes)
     progress.step(DENSE)
-    return Pace(max(found), slower, shape, threads, native.kernel_name())
+    return Pace(max(streams), slower, shape, threads, native.kernel_name())
 
 
 def _slower(
@@ -156,12 +156,12 @@ def _seconds(products: Sequence[Callable[[Tensor], Any]], x_TI: Tensor) -> float
 
 def _least(work: Callable[[], Any]) -> float:
     """Seconds, undisturbed."""
-    found = []
+    seconds = []
     for _ in range(_ROUNDS):
         start = time.perf_counter()
         work()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 class ReadPerToken:

@@ -78,12 +78,12 @@ class PackedSize:
             inside.update(unit.sources)
         outside, embedding, tied = ends_of(model)
         keys = [] if outside is None else [f"{outside}.weight", *([f"{embedding}.weight"] if tied else [])]
-        found = [units[key] for key in keys if key in units]
+        ends = [units[key] for key in keys if key in units]
         module = None if outside is None else model.get_submodule(outside)
-        packs = found and all(unit.converter is None for unit in found)
+        packs = ends and all(unit.converter is None for unit in ends)
         self.head = outside if packs and isinstance(module, nn.Linear) and is_plain(module) else None
         self.tied = embedding if tied else None
-        self._ends = [unit.sources[0] for unit in found] if self.head else []
+        self._ends = [unit.sources[0] for unit in ends] if self.head else []
         table = None if tied or embedding is None or not self.head else units.get(f"{embedding}.weight")
         apart = table is not None and table.converter is None
         self.embedding = (
@@ -93,8 +93,8 @@ class PackedSize:
         self._storage = NAMES[checkpoint.storage_dtype]
         total = sum(map(checkpoint.bytes_of, checkpoint.files))
         self._long = 10 ** len(str(total)) - 1  # no offset has more digits
-        ends = [*self._ends, *self._table]
-        kept = [key for key in checkpoint.files if key not in inside and key not in ends]
+        inside.update([*self._ends, *self._table])
+        kept = [key for key in checkpoint.files if key not in inside]
         self.rest = _REST + sum(self._dense(checkpoint, key) for key in kept)
         self.rest += sum(self._header(checkpoint, key, index=total > SHARD_BYTES) for key in checkpoint.files)
         self._dense_head, self._dense_table = (
@@ -189,12 +189,12 @@ class PackedSize:
         alike = replace(entry, name="x" * len(entry.name), sources=sources)
         if (known := self._known.get(alike)) is not None:
             return known
-        told = len(json.dumps({entry.name: entry.to_dict()}, separators=(",", ":")))
+        total = len(json.dumps({entry.name: entry.to_dict()}, separators=(",", ":")))
         for key, (dtype, size) in entry.wanted().items():
             stored = torch.Size(size).numel() * dtype.itemsize
-            told += stored + self._told(f"{entry.name}.{key}", NAMES[dtype], size)
-        self._known[alike] = told
-        return told
+            total += stored + self._told(f"{entry.name}.{key}", NAMES[dtype], size)
+        self._known[alike] = total
+        return total
 
     def _told(self, name: str, dtype: str, shape: Sequence[int]) -> int:
         """Bytes in which index and header name one tensor."""
@@ -217,8 +217,8 @@ class PackedSize:
             "shape": list(checkpoint.shapes[key]),
             "data_offsets": offsets,
         }
-        told = len(json.dumps(json.dumps({key: facts}, separators=(",", ":"))))
-        return told + (len(json.dumps(json.dumps({key: _SHARD}))) if index else 0)
+        header = len(json.dumps(json.dumps({key: facts}, separators=(",", ":"))))
+        return header + (len(json.dumps(json.dumps({key: _SHARD}))) if index else 0)
 
 
 def _shape(checkpoint: Checkpoint, keys: Sequence[str]) -> tuple[int, int]:

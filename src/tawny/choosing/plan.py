@@ -158,8 +158,8 @@ def _alike(job: Job, sizes: PackedSize) -> Measured:
 def _kind(table: Table, kind: str) -> dict[str, Any]:
     """A model of one kind."""
     head = kind if kind in table.heads else None
-    made = table.finalist("", dict.fromkeys((x.name for x in table.linears), Level(0.0, kind)), None, head)
-    return {"kind": kind, "bytes": made.bytes, "fits": made.takes <= table.room.budget}
+    uniform = table.finalist("", dict.fromkeys((x.name for x in table.linears), Level(0.0, kind)), None, head)
+    return {"kind": kind, "bytes": uniform.bytes, "fits": uniform.takes <= table.room.budget}
 
 
 def _chosen(job: Job, sizes: PackedSize, best: Finalist) -> dict[str, Any]:

@@ -53,13 +53,13 @@ def refine(
         return None, {"says": "nothing to refine: only zeros make the model that small"}
     journal = session.run.journal
     moving = partial(_refined, session, table, start, seconds, samples, searched, work)
-    told = journal.once("refined", moving)
+    outcome = journal.once("refined", moving)
     journal.forget(WALK)
     shutil.rmtree(work / "levels", ignore_errors=True)  # a fit that is stopped before this goes on
-    if told["kinds"] is None:
-        return None, told
-    levels = {name: Level(0.0, kind) for name, kind in told["kinds"].items()}
-    return table.finalist(_NAME, levels, None, start.head, embedding=start.embedding), told
+    if outcome["kinds"] is None:
+        return None, outcome
+    levels = {name: Level(0.0, kind) for name, kind in outcome["kinds"].items()}
+    return table.finalist(_NAME, levels, None, start.head, embedding=start.embedding), outcome
 
 
 def _refined(

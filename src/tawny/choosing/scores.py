@@ -41,8 +41,8 @@ def mean(parts: Iterable[WindowSums]) -> float:
         tokens += part.tokens
         for value in part.sums:
             total += value
-    found = total / max(1, tokens)
-    return found if math.isfinite(found) else math.inf
+    nats = total / max(1, tokens)
+    return nats if math.isfinite(nats) else math.inf
 
 
 def lead(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
@@ -85,14 +85,14 @@ class Scores:
         key = _key(levels)
         return mean(self._windows[key, window] for window in windows)
 
-    def keep(self, found: Mapping[Levels, Mapping[int, WindowSums]]) -> None:
+    def keep(self, sums: Mapping[Levels, Mapping[int, WindowSums]]) -> None:
         """What was measured, by candidate and window."""
         rows = []
-        for levels, by_window in found.items():
+        for levels, by_window in sums.items():
             key = _key(levels)
-            for window, sums in by_window.items():
-                self._windows[key, window] = sums
-                rows.append([key, window, sums.tokens, list(sums.sums)])
+            for window, own in by_window.items():
+                self._windows[key, window] = own
+                rows.append([key, window, own.tokens, list(own.sums)])
         self._append({"scores": rows})
 
     def proof(self, allocation: Allocation) -> float | None:
@@ -122,13 +122,13 @@ class Scores:
         whole = 0
         with suppress(ValueError, KeyError, TypeError), writing(path):
             for line in path.read_bytes().splitlines(keepends=True):
-                found = json.loads(line)
-                for key, window, tokens, sums in found.get("scores", ()):
+                entry = json.loads(line)
+                for key, window, tokens, sums in entry.get("scores", ()):
                     self._windows[key, window] = WindowSums(tokens, tuple(sums))
-                if "proof" in found:
-                    key, self._proofs[key], *rest = found["proof"]
+                if "proof" in entry:
+                    key, self._proofs[key], *rest = entry["proof"]
                     self._proven[key] = rest[0] if rest else []
-                self.tokens = found["tokens"]
+                self.tokens = entry["tokens"]
                 if not line.endswith(b"\n"):
                     break
                 whole += len(line)

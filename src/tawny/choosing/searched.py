@@ -198,26 +198,26 @@ def write(searched: Searched, session: Session) -> None:
     def draw(suffix: str) -> None:
         from tawny.report.plot import plot_allocations
 
-        made = place.steps / f"picture{suffix}"
+        picture = place.steps / f"picture{suffix}"
         plot_allocations(
             searched.blocks,
-            made,
+            picture,
             sparsity=searched.sparsity,
             outliers=[measures["outlier_share"][_DRAWN_M] for measures in searched.profile],
             M=_DRAWN_M,
             title=searched.source,
         )
-        durable.replace(made, place.out.with_suffix(suffix))
+        durable.replace(picture, place.out.with_suffix(suffix))
 
     for suffix in (".png", ".svg"):
         or_say(out.with_suffix(suffix), partial(draw, suffix), session.run.progress)
-    told = json.dumps(finite(searched.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    facts = json.dumps(finite(searched.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     lines = [
         f"# {searched.says}",
         f"{USE} MODEL {_options(searched, session.job)} -a {shlex.quote(out.name)} --out DIR",
         *(f"{name}: {value!r}" for name, value in searched.allocation.items()),
     ]
-    deliver_allocation(place, told, "\n".join(lines) + "\n")
+    deliver_allocation(place, facts, "\n".join(lines) + "\n")
 
 
 def _options(searched: Searched, job: Job) -> str:

@@ -64,22 +64,22 @@ class SearchSettings:
         """
         from tawny.solvers import SOLVERS
 
-        made = _validated(cls, "search", base, keys)
-        if made.levels % 2 == 0:
+        settings = _validated(cls, "search", base, keys)
+        if settings.levels % 2 == 0:
             raise RecipeError(
-                f"search.levels is {made.levels}; expected an odd number: as many below the target as above it"
+                f"search.levels is {settings.levels}; expected an odd number: as many below the target as above it"
             )
-        for name in made.families:
+        for name in settings.families:
             if name not in FAMILIES:
                 raise RecipeError(
                     f"search.candidates names {name!r}{nearest(name, FAMILIES)}: {', '.join(FAMILIES)}"
                 )
-        if made.proxy is not None and made.proxy not in SOLVERS:
+        if settings.proxy is not None and settings.proxy not in SOLVERS:
             raise RecipeError(
-                f"search.proxy {made.proxy!r} is no solver{nearest(made.proxy, SOLVERS)}: {', '.join(SOLVERS)}"
+                f"search.proxy {settings.proxy!r} is no solver{nearest(settings.proxy, SOLVERS)}: {', '.join(SOLVERS)}"
             )
-        _ = made.seconds
-        return made
+        _ = settings.seconds
+        return settings
 
     @property
     def held_out(self) -> int:
@@ -121,9 +121,9 @@ class FitSettings:
     @classmethod
     def make(cls, base: FitSettings | None = None, /, **keys: Any) -> FitSettings:
         """As `SearchSettings.make`."""
-        made = _validated(cls, "fit", base, keys)
-        _ = made.seconds
-        return made
+        settings = _validated(cls, "fit", base, keys)
+        _ = settings.seconds
+        return settings
 
     @property
     def seconds(self) -> float | None:
@@ -150,32 +150,32 @@ def seconds_in(time: str | float | None, key: str) -> float | None:
     """
     if time is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", str(time))
-    if not found:
+    read = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", str(time))
+    if not read:
         raise RecipeError(f"{key} is {time!r}; expected a time such as 90s, 10m or 1.5h")
-    return float(found[1]) * _UNITS[found[2] or "s"]
+    return float(read[1]) * _UNITS[read[2] or "s"]
 
 
 def recipe_of_fit(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
     """The recipe of all that is not chosen here."""
-    made = resolve_recipe(recipe, **{"sparsity": 0.0, "allocator": "uniform", **keys})
+    merged = resolve_recipe(recipe, **{"sparsity": 0.0, "allocator": "uniform", **keys})
     chosen = {
-        "sparsity": made.sparsity,
-        "values": made.values.names or made.values.head or made.values.embedding,
-        "dtype": made.dtype,
-        "pattern": made.pattern != "unstructured",
-        "allocator": made.allocator.name != "uniform",
-        "include": made.include,
-        "exclude": made.exclude,
-        "refit": made.refit,
+        "sparsity": merged.sparsity,
+        "values": merged.values.names or merged.values.head or merged.values.embedding,
+        "dtype": merged.dtype,
+        "pattern": merged.pattern != "unstructured",
+        "allocator": merged.allocator.name != "uniform",
+        "include": merged.include,
+        "exclude": merged.exclude,
+        "refit": merged.refit,
     }
     wrong = [key for key, value in chosen.items() if value]
     if wrong:
         raise RecipeError(
             f"a fit chooses zeros and bits of every linear itself: leave {' and '.join(wrong)} out"
         )
-    if made.make_solver().needs != "hessian":
+    if merged.make_solver().needs != "hessian":
         raise RecipeError(
-            f"a fit weighs kinds by their Hessian error, and {made.solver.name} has none: choose alps or sparsegpt"
+            f"a fit weighs kinds by their Hessian error, and {merged.solver.name} has none: choose alps or sparsegpt"
         )
-    return made
+    return merged

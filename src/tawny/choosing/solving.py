@@ -281,11 +281,11 @@ def _members(
     name = coupling.consumer.name
     seen, levels, left = seen_by(block, coupling, statistics), wanted.levels[name], wanted.left[name]
     for number in sorted(levels, key=lambda number: number == left):
-        made = without_members(block, coupling, seen, round(levels[number].sparsity * coupling.members))
+        smaller = without_members(block, coupling, seen, round(levels[number].sparsity * coupling.members))
         for linear in coupling.linears:
-            yield linear, number, made.weights[linear.name][1]
+            yield linear, number, smaller.weights[linear.name][1]
         if number == left:
-            made.set_biases(block, coupling)
+            smaller.set_biases(block, coupling)
 
 
 def level_dtype(stack: Stack) -> torch.dtype:

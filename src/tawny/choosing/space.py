@@ -173,13 +173,13 @@ class WeightSpace(Space):
 
     def mutated(self, levels: Levels, chance: random.Random) -> Levels:
         """A few switches of one level each; few are likelier than many."""
-        made = list(levels)
+        moved = list(levels)
         for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
             switch = chance.choice((self._switch_blocks, self._switch_linears))
             for _ in range(20):  # a place at its last level cannot give or take
-                if switch(made, chance):
+                if switch(moved, chance):
                     break
-        return tuple(made)
+        return tuple(moved)
 
     def _switch_linears(self, levels: list[int], chance: random.Random) -> bool:
         first = chance.randrange(len(levels))

@@ -123,7 +123,7 @@ class Table:
 
     def uniform(self) -> Finalist | None:
         """One kind for all linears, by expected divergence; of groups the one that fills the size best."""
-        found = []
+        fitting = []
         ends = [
             (self._lost_by_ends(*kinds), self._ends(self.limit, *kinds), kinds)
             for kinds in product(self.heads, [None, *self.measured.embedding])
@@ -135,10 +135,10 @@ class Table:
                 linears = plain.takes - self._ends(self.limit, None, None)
                 for lost, takes, kinds in ends:
                     if linears + takes <= self.room.budget:
-                        found.append((plain.expected + lost, -linears - takes, plain, kinds))
-        if not found:
+                        fitting.append((plain.expected + lost, -linears - takes, plain, kinds))
+        if not fitting:
             return None
-        _, _, plain, (head, embedding) = min(found, key=lambda each: each[:2])
+        _, _, plain, (head, embedding) = min(fitting, key=lambda each: each[:2])
         columns = "rows" if plain.group is None else f"groups of {plain.group}"
         named = f"uniform {plain.uniform} in {columns}, head {head or 'as it is'}"
         named += f", embedding {embedding}" if embedding else ""
@@ -158,9 +158,9 @@ class Table:
             zeros = None
         if bits is not None and bits.uniform is not None and uniform is not None:
             bits = None
-        found = [each for each in (zeros, bits, uniform) if each is not None]
-        if found:
-            return found
+        finalists = [each for each in (zeros, bits, uniform) if each is not None]
+        if finalists:
+            return finalists
         if self.least > budget and self.room.pace is None:
             raise RecipeError(
                 f"{self.job.source} cannot be made that small: some of its linears need scales of 16 bits, which only measuring "
@@ -183,5 +183,5 @@ class Table:
         most = self.limit.rest + sum(max(x) for x in self.takes)
         most += self.limit.of_head(None) + self.limit.of_embedding(None)
         step = (most / least) ** (1 / (_CURVE - 1))
-        found = (self.chosen(least * step**i, zeros=True) for i in range(_CURVE))
-        return [(each.bytes, each.expected) for each in found if each is not None]
+        chosen = (self.chosen(least * step**i, zeros=True) for i in range(_CURVE))
+        return [(each.bytes, each.expected) for each in chosen if each is not None]
