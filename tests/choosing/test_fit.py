@@ -156,7 +156,7 @@ def test_another_size_takes_what_was_measured(dense, fitted, tmp_path, monkeypat
         "differs in held-out text": {
             "fit.deciding": 4
         },  # of tokens that are given, others are kept back then
-        "no folder that": {"measured": tmp_path},
+        "was not made by": {"measured": tmp_path},
     }
     for words, keys in refused.items():
         with pytest.raises(RecipeError, match=words):
@@ -235,7 +235,7 @@ def test_a_speed_becomes_bytes_that_a_token_reads(dense, job, fitted, tmp_path, 
     quick = tawny.fit(dense, tmp_path / "quick", speed=20, **measured)
     assert quick.budget is None and quick.speed["asked"] == 20 and quick.speed["measured"] > 0
     assert quick.bytes < 2e6 / 20 + PackedSize(job).rest
-    assert "where 20 were asked for" in quick.says and "attention" in quick.speed["assumes"]
+    assert "(target: 20)" in quick.says and "attention" in quick.speed["assumes"]
     monkeypatch.setattr(module, "resident_memory", lambda: 10**12)
     bounded = tawny.fit(dense, tmp_path / "bounded", speed=20, memory="900GB", **measured)
     assert bounded.speed is None and any("its speed was not measured" in line for line in bounded.warnings)

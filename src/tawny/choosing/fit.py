@@ -294,7 +294,7 @@ def _speed(
     reached = speed.decode_tokens_per_second
     if reached < asked:
         warnings.append(
-            f"it writes {reached:.1f} tokens a second, fewer than the {asked:g} that were asked for: repeat to another --out "
+            f"it reached {reached:.1f} tokens a second (target: {asked:g}): repeat to another --out "
             f"with --speed {asked * asked / reached:.3g} --measured {shlex.quote(str(session.record.out))}, which measures nothing "
             "again"
         )

@@ -108,7 +108,7 @@ def _says(
     row = best.row
     head = f"{row['name']}: {size(row['bytes'])}, {row['bits']:.3f} bits a weight, KL {kl_text(row['kl'], row['kl_stderr'])}"
     if speed is not None:
-        head += f", {speed['measured']:.1f} tokens a second where {speed['asked']:g} were asked for"
+        head += f", {speed['measured']:.1f} tokens a second (target: {speed['asked']:g})"
     uniform = next((each.row for each in judged if each.row["uniform"]), None)
     if row["uniform"]:
         return f"{head}; nothing that fits came nearer to the dense model"

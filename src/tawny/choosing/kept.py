@@ -81,7 +81,7 @@ def take_measured(journal: Journal, earlier: Mapping[str, Any], of: Mapping[str,
     differing = [key for key, value in plain.items() if earlier["of"].get(key) != value]
     if differing:
         raise RecipeError(
-            f"what was measured is of another fit, which differs in {' and '.join(differing)}: repeat that one's model, "
+            f"what was measured belongs to another fit, which differs in {' and '.join(differing)}: use that one's model, "
             "recipe and calibration, or leave measured out"
         )
     journal.once(REACTIONS, lambda: earlier[REACTIONS])

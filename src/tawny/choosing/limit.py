@@ -138,8 +138,8 @@ def _bytes(job: Job, sizes: PackedSize, target: Target) -> int:
     least = smallest(job, sizes)
     if asked < least:
         raise RecipeError(
-            f"{job.source} cannot be made as small as {size_words(asked)}: the least that linears, head and all that stays "
-            f"as it is take is {size_words(int(least))}; give --size {int(least)} (or --bits {_up(8 * least / job.parameters)}), "
+            f"{job.source} cannot be made as small as {size_words(asked)}: linears, head and what stays as it is "
+            f"take at least {size_words(int(least))}; give --size {int(least)} (or --bits {_up(8 * least / job.parameters)}), "
             "or more"
         )
     return asked

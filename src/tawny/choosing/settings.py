@@ -76,7 +76,7 @@ class SearchSettings:
                 )
         if settings.proxy is not None and settings.proxy not in SOLVERS:
             raise RecipeError(
-                f"search.proxy {settings.proxy!r} is no solver{nearest(settings.proxy, SOLVERS)}: {', '.join(SOLVERS)}"
+                f"search.proxy {settings.proxy!r} is not a solver{nearest(settings.proxy, SOLVERS)}: {', '.join(SOLVERS)}"
             )
         _ = settings.seconds
         return settings
