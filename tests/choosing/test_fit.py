@@ -326,7 +326,7 @@ def test_memory_counts_what_finalists_take_beside_the_model_that_measured(dense)
     assert "refine" in alone and {f"finalists, {name}" for name in alone} <= phases.keys()
     for name, parts in alone.items():
         beside = sum(phases[f"finalists, {name}"].values()) - sum(parts.values())
-        assert beside == parts["embeddings"] + job.stack.late_bytes > 0
+        assert beside == phases["text"]["embeddings"] + job.stack.late_bytes > 0
     assert sum(phases["judging"].values()) > 2 * beside
 
 
