@@ -38,10 +38,9 @@ from tawny.choosing.demand import SearchDemand, held_back, searched_windows, sol
 from tawny.choosing.divergence import Scorer
 from tawny.choosing.evolution import Proposal, evolve
 from tawny.choosing.member_space import SparsitySpace, space_of
-from tawny.choosing.output import accepts_allocation
 from tawny.choosing.rehearsal import rehearse
 from tawny.choosing.scores import Scores
-from tawny.choosing.searched import Searched, facts_of, tell, write
+from tawny.choosing.searched import Searched, accepts_allocation, facts_of, tell, write
 from tawny.choosing.settings import SearchSettings, own_keys
 from tawny.choosing.solving import WALK, LevelStore, level_dtype, solve_levels
 from tawny.errors import NumericalError, RecipeError, TextError

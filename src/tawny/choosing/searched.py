@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Searched", "facts_of", "tell", "write"]
+__all__ = ["Searched", "accepts_allocation", "facts_of", "tell", "write"]
 
 import json
 import math
@@ -10,17 +10,19 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tawny.allocation.profile import Allocation
 from tawny.choosing.evolution import Outcome, Trial
 from tawny.choosing.member_space import SparsitySpace
-from tawny.choosing.output import USE, deliver_allocation
 from tawny.choosing.scores import Scores, lead
 from tawny.choosing.settings import SearchSettings
 from tawny.choosing.solving import Solved
+from tawny.errors import OutputError
 from tawny.machine import peak_memory
 from tawny.model import durable
+from tawny.model.durable import writing
 from tawny.model.streams import Samples
 from tawny.pruning.prepare import Job
 from tawny.pruning.profiling import block_sparsities
@@ -31,6 +33,9 @@ from tawny.record import finite
 from tawny.report.pages import or_say
 
 _DRAWN_M = "5"
+_ENDINGS = (".yaml", ".yml")
+_BESIDE = (".json", ".png", ".svg")
+_USE = "# Use it: tawny prune"  # begins the line by which an earlier search knows its file again
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,34 @@ def _says(outcome: Outcome, space: SparsitySpace, stderr: float | None) -> str:
     )
 
 
+def accepts_allocation(source: Path | None, out: Path, overwrite: bool, continued: bool) -> None:
+    """Raise an OutputError unless the file `out` and those beside it can be written.
+
+    Args:
+        source: folder of the model, of which nothing is replaced.
+        continued: the search goes on with an unfinished one, which may have written those beside it already.
+    """
+    if out.suffix.lower() not in _ENDINGS:
+        raise OutputError(f"--out {out} does not end in .yaml: name a file such as allocation.yaml")
+    files = [out, *(out.with_suffix(ending) for ending in _BESIDE if not continued)]
+    there = [path for path in files if path.exists()]
+    names = ", ".join([str(there[0]), *(path.name for path in there[1:])]) if there else ""
+    if there and source is not None and out.absolute().parent.samefile(source) and not _searched(out):
+        raise OutputError(f"a search would replace {names} of the model; choose another --out")
+    if there and not overwrite:
+        exist = "exists" if len(there) == 1 else "exist"
+        raise OutputError(f"{names} {exist}; choose another --out or pass --overwrite")
+    if out.is_dir():
+        raise OutputError(f"--out {out} is a folder; name a file in it, such as {out / 'allocation.yaml'}")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"--out {out}: its folder does not exist; make it first")
+
+
+def _searched(out: Path) -> bool:
+    """Whether `out` is of an earlier search, so that the files beside it are, too."""
+    return out.is_file() and _USE in out.read_text(encoding="utf-8", errors="replace")
+
+
 def write(searched: Searched, session: Session) -> None:
     """The allocation, everything that was tried, and a picture; the allocation comes last, so that it means all is there."""
     place = session.place
@@ -214,10 +247,13 @@ def write(searched: Searched, session: Session) -> None:
     facts = json.dumps(finite(searched.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     lines = [
         f"# {searched.says}",
-        f"{USE} MODEL {_options(searched, session.job)} -a {shlex.quote(out.name)} --out DIR",
+        f"{_USE} MODEL {_options(searched, session.job)} -a {shlex.quote(out.name)} --out DIR",
         *(f"{name}: {value!r}" for name, value in searched.allocation.items()),
     ]
-    deliver_allocation(place, facts, "\n".join(lines) + "\n")
+    for path, text in ((out.with_suffix(".json"), facts), (out, "\n".join(lines) + "\n")):
+        with writing(path):
+            durable.write(path, text.encode())
+    place.discard()
 
 
 def _options(searched: Searched, job: Job) -> str:
