@@ -31,6 +31,7 @@ from tawny.recipe.merge import changes_from, resolve_recipe
 from tawny.recipe.schema import as_list, default_name
 from tawny.record import finite
 from tawny.report.pages import or_say
+from tawny.run.place import Workplace
 
 _DRAWN_M = "5"
 _ENDINGS = (".yaml", ".yml")
@@ -250,7 +251,12 @@ def write(searched: Searched, session: Session) -> None:
         f"{_USE} MODEL {_options(searched, session.job)} -a {shlex.quote(out.name)} --out DIR",
         *(f"{name}: {value!r}" for name, value in searched.allocation.items()),
     ]
-    for path, text in ((out.with_suffix(".json"), facts), (out, "\n".join(lines) + "\n")):
+    deliver_allocation(place, facts, "\n".join(lines) + "\n")
+
+
+def deliver_allocation(place: Workplace, tried: str, allocation: str) -> None:
+    """Write the two files, each in one piece. The allocation comes last, so that it means all is there."""
+    for path, text in ((place.out.with_suffix(".json"), tried), (place.out, allocation)):
         with writing(path):
             durable.write(path, text.encode())
     place.discard()
