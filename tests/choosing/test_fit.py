@@ -32,6 +32,7 @@ from tawny.kinds import KINDS
 from tawny.packed.folder import INDEX, PackedFolder
 from tawny.patterns import removed_count
 from tawny.progress import silent
+from tawny.pruning import packing
 from tawny.pruning import session as session_module
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
@@ -134,7 +135,7 @@ def test_a_fit_that_was_stopped_goes_on_and_gives_the_same(dense, fitted, tmp_pa
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for home, place in ((module, "react_ends"), (finalists_module, "pack")):
+    for home, place in ((module, "react_ends"), (packing, "pack")):
         with monkeypatch.context() as patched:
             patched.setattr(home, place, stop)
             with pytest.raises(Interrupted, match="kept"):
