@@ -89,8 +89,10 @@ class Stopping(Silent):
 @pytest.mark.parametrize(("name", "spill"), [("swin", True), ("convnext", False)])
 def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(name, spill, tmp_path, monkeypatch):
     monkeypatch.setattr(journal_module, "SHARE", float("inf"))  # every block is committed
-    placing = session_module.place
-    monkeypatch.setattr(session_module, "place", lambda *given: replace(placing(*given), spill=spill))
+    placing = session_module.place_in_memory
+    monkeypatch.setattr(
+        session_module, "place_in_memory", lambda *given: replace(placing(*given), spill=spill)
+    )
     model = tiny_encoder(name)
     model.save_pretrained(tmp_path / "dense")
     keys = {"sparsity": 0.6, "solver": "sparsegpt", "allocator": "owl", "order": "data"}

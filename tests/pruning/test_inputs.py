@@ -123,7 +123,7 @@ def test_a_live_model_does_not_throw_away_what_another_run_has_finished(tmp_path
     out = tmp_path / "out"
     with pytest.raises(Interrupted, match="are kept"):
         tawny.prune(tmp_path / "dense", out, calibration=tokens(), progress=PressesCtrlC(2), **KEYS)
-    with pytest.raises(OutputError, match="holds an unfinished run, and a live model cannot go on with one"):
+    with pytest.raises(OutputError, match="holds an unfinished run: repeat its command to go on with it"):
         tawny.prune(tiny_model("llama"), out, calibration=tokens(), **KEYS)
     assert tawny.prune(tmp_path / "dense", out, calibration=tokens(), **KEYS).resumed == 1
     tawny.prune(tiny_model("llama"), out, calibration=tokens(), overwrite=True, **KEYS)
