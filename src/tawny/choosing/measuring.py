@@ -166,8 +166,8 @@ def _rounded(
     ends_OS = largest(W_OI, grid).abs()
     low_O = ends_OS.where(ends_OS > 0, torch.inf).amin(1)
     far = grid.long or bool((ends_OS.amax(1) > _APART * low_O).any())
-    told = {"bits": bits, "zeros": zeros, "whole": whole, "had": had, "far": far, "rounds": rounds}
-    return told, probe_OI
+    facts = {"bits": bits, "zeros": zeros, "whole": whole, "had": had, "far": far, "rounds": rounds}
+    return facts, probe_OI
 
 
 def react(session: Session, scorer: Scorer, measures: Mapping[str, Measures]) -> dict[str, float]:

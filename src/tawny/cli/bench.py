@@ -76,10 +76,10 @@ def latency_tables(found: Result) -> list[Frame]:
 
 def speed_tables(speed: Result) -> list[Frame]:
     """Tokens a second with their spread, and bytes."""
-    made = table("", "tokens/s", "quartiles", "ms a token")
+    frame = table("", "tokens/s", "quartiles", "ms a token")
     for key, name in (("decode", "decode"), ("prefill", "prefill")):
         value, (low, high) = speed[f"{key}_tokens_per_second"], speed[f"{key}_quartiles"]
-        made.add(name, f"{value:,.1f}", f"{low:,.1f} – {high:,.1f}", f"{1000 / value:,.2f}")
+        frame.add(name, f"{value:,.1f}", f"{low:,.1f} – {high:,.1f}", f"{1000 / value:,.2f}")
     packed = ", ".join(f"{count} {kind}" for kind, count in speed["packed"].items())
     walks = f"{speed['rounds']} rounds of {speed['prompt_tokens']} tokens in, {speed['decoded_tokens']} out"
     if speed["whole"]:
@@ -92,4 +92,4 @@ def speed_tables(speed: Result) -> list[Frame]:
     ]
     if speed["file_bytes"] is not None:
         rows.insert(2, ("files", size(speed["file_bytes"])))
-    return [made, facts(rows)]
+    return [frame, facts(rows)]

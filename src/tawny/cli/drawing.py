@@ -109,20 +109,20 @@ def drawn(frame: Frame, width: int) -> Table | Text:
     if frame.columns and _needed(frame) > width:
         return _stacked(frame, width)
     title = None if frame.title is None else printable(frame.title)
-    made = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    drawing = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
     if frame.columns:
-        made.box = box.SIMPLE_HEAD
+        drawing.box = box.SIMPLE_HEAD
         for index, column in enumerate(frame.columns):
             side: Literal["left", "right"] = "left" if index in frame.left else "right"
             whole = index not in frame.wrapped
-            made.add_column(Text(printable(column)), justify=side, no_wrap=whole, overflow="fold")
+            drawing.add_column(Text(printable(column)), justify=side, no_wrap=whole, overflow="fold")
     else:
-        made.box, made.show_header = None, False
-        made.add_column(style="dim", no_wrap=True)
-        made.add_column(overflow="fold")
+        drawing.box, drawing.show_header = None, False
+        drawing.add_column(style="dim", no_wrap=True)
+        drawing.add_column(overflow="fold")
     for row in frame.rows:
-        made.add_row(*map(_cell, row))
-    return made
+        drawing.add_row(*map(_cell, row))
+    return drawing
 
 
 def _cell(cell: str | Marked) -> Text:

@@ -319,10 +319,10 @@ def tasks_tables(result: Result) -> list[Frame]:
     tasks = result["tasks"]
     normed = any("acc_norm" in task["metrics"] for task in tasks)
     columns = ["task", "accuracy, %", *(["normalised"] if normed else []), "examples", "documents"]
-    made = table(*columns, left=(0, len(columns) - 1))
+    frame = table(*columns, left=(0, len(columns) - 1))
     for task in tasks:
         norm = task["metrics"].get("acc_norm")
-        made.add(
+        frame.add(
             task["name"],
             score_text(task) if task["metric"] in SHARES else f"{task['metric']} {score_text(task)}",
             *([share_text(norm["value"], norm["stderr"]) if norm else ""] if normed else []),
@@ -338,4 +338,4 @@ def tasks_tables(result: Result) -> list[Frame]:
         rows.insert(0, ("mean", f"{share_text(result['mean'], result['stderr'])} % over {len(tasks)} tasks"))
     if result["limit"]:
         rows.insert(1, ("limit", f"the first {result['limit']} documents of each task"))
-    return [made, facts(rows)]
+    return [frame, facts(rows)]

@@ -45,7 +45,7 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    made = tawny.generate(
+    text = tawny.generate(
         model,
         sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt == "-" else prompt,
         max_tokens=max_tokens,
@@ -59,10 +59,10 @@ def generate(
     ).to_dict()
 
     if console.as_json:
-        console.result(made, generation_tables)
+        console.result(text, generation_tables)
     else:
         show("\n")
-        console.aside(generation_tables(made))
+        console.aside(generation_tables(text))
 
 
 class _Notes(Silent):

@@ -14,14 +14,14 @@ from tawny.words import percent, size
 def inspect(model: Model, console: Console) -> None:
     """Show what a checkpoint really holds, linear by linear: zeros, n:m patterns, ties."""
     with console.progress() as progress:
-        found = tawny.inspect(model, progress=progress).to_dict()
-    console.result(found, inspection_tables)
+        inspection = tawny.inspect(model, progress=progress).to_dict()
+    console.result(inspection, inspection_tables)
 
 
 def inspection_tables(inspection: Result) -> list[Frame]:
-    made = table("linear", "shape", "zeros", "sparsity", "pattern", "ties", left=(0, 4))
+    frame = table("linear", "shape", "zeros", "sparsity", "pattern", "ties", left=(0, 4))
     for linear in inspection["linears"]:
-        made.add(
+        frame.add(
             linear["name"],
             "×".join(map(str, linear["shape"])),
             f"{linear['zeros']:,}",
@@ -37,4 +37,4 @@ def inspection_tables(inspection: Result) -> list[Frame]:
         ("files", f"{size(inspection['bytes'])}, stored as {inspection['stored']}"),
     ]
     rows += [("dense", line) for line in inspection["dense"]]
-    return [made, facts(rows)]
+    return [frame, facts(rows)]

@@ -41,10 +41,10 @@ def listing_tables(listing: Result) -> list[Frame]:
     for kind, entries in listing.items():
         optioned = any(entry.get("options") for entry in entries)
         heads = ("name", *(["options"] if optioned else []), "what it is")
-        made = table(*heads, title=kind, left=range(len(heads)))
+        frame = table(*heads, title=kind, left=range(len(heads)))
         for entry in entries:
             options = entry.get("options", {}).items()
-            told = " ".join(f"{key}={'none' if value is None else value}" for key, value in options)
-            made.add(entry["name"], *([told] if optioned else []), entry["summary"])
-        tables.append(made)
+            shown = " ".join(f"{key}={'none' if value is None else value}" for key, value in options)
+            frame.add(entry["name"], *([shown] if optioned else []), entry["summary"])
+        tables.append(frame)
     return tables

@@ -76,7 +76,7 @@ def profile_tables(report: Result) -> list[Frame]:
     allocations = {k: v for k, v in report["allocations"].items() if "=" not in k or k.endswith(f"={drawn}")}
     zeros = any(share > 0.01 for share in report["zeros"])  # a pruned model; a few zeros are in any dense one
     columns = ["block", *(f"M={M}" for M in Ms), "mean score", "max score", ""]
-    made = table(
+    frame = table(
         *columns,
         *(["zeros"] if zeros else []),
         *(f"{name} at {percent(report['sparsity'], 0)}" for name in allocations),
@@ -85,7 +85,7 @@ def profile_tables(report: Result) -> list[Frame]:
     )
     most = max(shares[drawn], default=0.0) or 1.0
     for block, share in enumerate(shares[drawn]):
-        made.add(
+        frame.add(
             str(block),
             *(f"{shares[M][block]:.3f}" for M in Ms),
             f"{report['mean_score'][block]:.4g}",
@@ -96,4 +96,4 @@ def profile_tables(report: Result) -> list[Frame]:
         )
     text = report["text"]
     seen = f", {text['name']}" if text.get("name") else ""
-    return [made, facts([("measured", f"{report['source']}{seen}, in {duration(report['seconds'])}")])]
+    return [frame, facts([("measured", f"{report['source']}{seen}, in {duration(report['seconds'])}")])]

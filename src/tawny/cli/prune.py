@@ -149,8 +149,8 @@ def record_tables(record: Result) -> list[Frame]:
         ("peak memory", size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")),
     ]
     if refined := record.get("refined"):
-        better = sum(made["best_epoch"] > 0 for made in refined)
-        left = [made["after"] / made["before"] for made in refined if made["before"] > 0]
+        better = sum(block["best_epoch"] > 0 for block in refined)
+        left = [block["after"] / block["before"] for block in refined if block["before"] > 0]
         if left:
             share = percent(sum(left) / len(left))
             rows.append(

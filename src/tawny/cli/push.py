@@ -45,9 +45,9 @@ def push(
 
 def push_tables(report: Result) -> list[Frame]:
     """What was, or would be, uploaded."""
-    made = table("file", "size")
+    frame = table("file", "size")
     for name, count in report["files"].items():
-        made.add(name, size(count))
+        frame.add(name, size(count))
     done = report["url"] or f"nothing was uploaded: the folder and its card are fit for {report['repo']}"
     rows = [("in all", size(report["bytes"])), *(("note", note) for note in report["notes"])]
-    return [made, facts([*rows, ("dry run" if report["dry_run"] else "uploaded", done)])]
+    return [frame, facts([*rows, ("dry run" if report["dry_run"] else "uploaded", done)])]

@@ -49,7 +49,7 @@ def search(
 
     settings = SearchSettings.make(**{"trials": trials, "budget": budget} | own)
     with console.progress() as progress:
-        found = tawny.search(
+        searched = tawny.search(
             model,
             out,
             recipe=recipe,
@@ -58,12 +58,14 @@ def search(
             overwrite=overwrite,
             progress=progress,
         )
-    console.result(found.to_dict(), search_tables)
+    console.result(searched.to_dict(), search_tables)
 
 
 def search_tables(found: Result) -> list[Shown]:
     """The last few that were tried, the sums, and who won."""
-    made = table("tried", "divergence", "pruned in earnest", title="nearest to the dense model, nats a token")
+    frame = table(
+        "tried", "divergence", "pruned in earnest", title="nearest to the dense model, nats a token"
+    )
     decided = [trial for trial in found["trials"] if trial["verdict"] is not None]
 
     def measured(trial: Result) -> float:
@@ -74,7 +76,7 @@ def search_tables(found: Result) -> list[Shown]:
     for trial in [*sound[:_SHOWN], *broken]:
         proof = "–" if trial["proof"] is None else f"{trial['proof']:.4f}"
         proof = "broke down" if trial["broke_down"] else proof
-        made.add(trial["name"], f"{trial['verdict']:.4f}", proof)
+        frame.add(trial["name"], f"{trial['verdict']:.4f}", proof)
     held_out, levels = found["held_out"], found["levels"]
     windows = f"{held_out['windows']} windows of {held_out['tokens']} tokens"
     rows = [
@@ -86,4 +88,4 @@ def search_tables(found: Result) -> list[Shown]:
     ]
     if found["out"]:
         rows.append(("written", f"{found['out']}; its picture and all that was tried are beside it"))
-    return [made, facts(rows + [("warning", warning) for warning in found["warnings"][:5]]), found["says"]]
+    return [frame, facts(rows + [("warning", warning) for warning in found["warnings"][:5]]), found["says"]]

@@ -43,15 +43,15 @@ class Walk:
         """Steps are alike, so the mean so far is the best guess; nothing is known before the first."""
         if self.done >= self.total > 0:
             return ""
-        made = self.done - self._kept
-        if not made and self.elapsed > _QUIET_SECONDS:  # steps are short, and not known from before
-            made = self.done
+        since = self.done - self._kept
+        if not since and self.elapsed > _QUIET_SECONDS:  # steps are short, and not known from before
+            since = self.done
         if self._told is not None:
             left = max(0.0, self._told - time.monotonic())
-        elif self.done >= self.total or not made:
+        elif self.done >= self.total or not since:
             return ""
         else:
-            left = self.elapsed / made * (self.total - self.done)
+            left = self.elapsed / since * (self.total - self.done)
         return f"about {duration(left)} left"
 
     def summary(self) -> str:

@@ -145,12 +145,12 @@ def accuracy(
 def _shares(hits: list[Tensor]) -> dict[str, Any]:
     """Means over pictures, `[pictures]` float64 each, and their standard errors: of a model, and of its dense one."""
     (mine, error), (theirs, their_error) = _mean(hits[0]), _mean(hits[-1])
-    found: dict[str, Any] = {"accuracy": mine, "stderr": error, "dense": None, "difference": None}
+    shares: dict[str, Any] = {"accuracy": mine, "stderr": error, "dense": None, "difference": None}
     if len(hits) > 1:
         apart, apart_error = _mean(hits[0] - hits[1])
-        found |= {"dense": theirs, "dense_stderr": their_error}
-        found |= {"difference": apart, "difference_stderr": apart_error}
-    return found
+        shares |= {"dense": theirs, "dense_stderr": their_error}
+        shares |= {"difference": apart, "difference_stderr": apart_error}
+    return shares
 
 
 def _classes_of_all(stacks: Sequence[Stack]) -> Mapping[int, str]:
@@ -235,15 +235,15 @@ def _likeliest(stack: Stack, pixels: Tensor, classes: int) -> Tensor:
     """The class `[pictures]` with the largest logit."""
     samples = Samples({PIXELS: pixels}, seqlen=stack.positions({PIXELS: pixels}))
     stream = stream_through(stack, samples, silent, "")
-    found = []
+    likeliest = []
     for part, hidden in zip(stream.slices, stream.hidden, strict=True):
         logits = stack.output({PIXELS: pixels[part]}, hidden).get("logits")
         if logits is None or logits.shape != (len(hidden), classes):
             raise ModelError(
                 f"{type(stack.model).__name__} gives no logits of its {classes} classes for a picture: give a classifier"
             )
-        found.append(logits.float().argmax(-1).cpu())
-    return torch.cat(found)
+        likeliest.append(logits.float().argmax(-1).cpu())
+    return torch.cat(likeliest)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:

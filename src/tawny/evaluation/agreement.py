@@ -70,8 +70,8 @@ class Agreement:
 
     def under_perplexity(self) -> dict[str, Any]:
         """The model's perplexity as `Perplexity.to_dict` gives it, and all else under `agreement`."""
-        found = self.to_dict()
-        return {**found.pop("perplexity"), "agreement": found}
+        facts = self.to_dict()
+        return {**facts.pop("perplexity"), "agreement": facts}
 
 
 @torch.no_grad()
@@ -111,24 +111,24 @@ def agreement(
             f"{called} knows {vocabulary_of(dense_stack):,} tokens and {own} {vocabulary_of(stack):,}: "
             "only models with the same tokenizer agree or disagree; compare their bits per byte instead"
         )
-    made = windows_of(text, seqlen, windows, stride, tokenizer, bos, opened, opened[0], progress)
+    read = windows_of(text, seqlen, windows, stride, tokenizer, bos, opened, opened[0], progress)
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
-            kept_stream(dense_stack, opened[0][1] if cache else None, made.ids, progress, "dense model"),
-            stream_through(stack, Samples(made.ids), progress, "pruned model"),
+            kept_stream(dense_stack, opened[0][1] if cache else None, read.ids, progress, "dense model"),
+            stream_through(stack, Samples(read.ids), progress, "pruned model"),
         ]
-        sums = _compare(made, (dense_stack, stack), streams, progress)
-    means = sums / made.counts()
-    weights = made.counts() / made.counts().sum()
+        sums = _compare(read, (dense_stack, stack), streams, progress)
+    means = sums / read.counts()
+    weights = read.counts() / read.counts().sum()
     kl, top1 = (float((row * weights).sum()) for row in means[:2])
     seconds = time.perf_counter() - start
     return Agreement(
         kl=kl,
-        kl_stderr=made.stderr(means[0]),
+        kl_stderr=read.stderr(means[0]),
         top1=top1,
-        top1_stderr=made.stderr(means[1]),
-        perplexity=summarise(made, means[3], stack, seconds),
-        dense=summarise(made, means[2], dense_stack, seconds),
+        top1_stderr=read.stderr(means[1]),
+        perplexity=summarise(read, means[3], stack, seconds),
+        dense=summarise(read, means[2], dense_stack, seconds),
         against=called,
         seconds=seconds,
         kl_by_window=tuple(means[0].tolist()),

@@ -153,10 +153,9 @@ def compare(
         for i, name in enumerate(named)
     ]
     called = short_names(named)
-    found = _rows(jobs, called, progress)
+    rows = _rows(jobs, called, progress)
     models = [
-        {"source": source, "name": name, **row}
-        for source, name, row in zip(named, called, found, strict=True)
+        {"source": source, "name": name, **row} for source, name, row in zip(named, called, rows, strict=True)
     ]
     for row in models:
         for part, message in row["errors"].items():
@@ -170,9 +169,9 @@ def short_names(sources: Sequence[str]) -> list[str]:
     """The last part of each path, or as many parts as tell them apart."""
     parts = [Path(source).parts or (source,) for source in sources]
     for count in range(1, max(map(len, parts)) + 1):
-        made = ["/".join(part[-count:]) for part in parts]
-        if len(set(made)) == len(made):
-            return made
+        shortened = ["/".join(part[-count:]) for part in parts]
+        if len(set(shortened)) == len(shortened):
+            return shortened
     return list(sources)
 
 
@@ -365,19 +364,19 @@ def measure(
     with contextlib.suppress(Exception):  # whatever is wrong with the folder, the parts below say
         predicts = _reads_on(folder)
     if setting["text"] is not None and not predicts:
-        found = against and part("features", lambda: _features(folder, against, setting, progress))
-        row |= {"features": found} if found else {}
+        numbers = against and part("features", lambda: _features(folder, against, setting, progress))
+        row |= {"features": numbers} if numbers else {}
     elif setting["text"] is not None:
-        found = against and part("agreement", lambda: _text(folder, against, setting, progress))
+        numbers = against and part("agreement", lambda: _text(folder, against, setting, progress))
         # The first model, or one whose tokens are others.
-        found = found or part("perplexity", lambda: _text(folder, None, setting, progress))
-        row |= {"perplexity": found} if found else {}
+        numbers = numbers or part("perplexity", lambda: _text(folder, None, setting, progress))
+        row |= {"perplexity": numbers} if numbers else {}
     if setting["labels"] is not None:
-        found = part("accuracy", lambda: _accuracy(folder, setting, progress))
-        row |= {"accuracy": found} if found else {}
+        numbers = part("accuracy", lambda: _accuracy(folder, setting, progress))
+        row |= {"accuracy": numbers} if numbers else {}
     if setting["tasks"] is not None:
-        found = part("tasks", lambda: _tasks(folder, setting, progress))
-        row |= {"tasks": found} if found else {}
+        numbers = part("tasks", lambda: _tasks(folder, setting, progress))
+        row |= {"tasks": numbers} if numbers else {}
     return row
 
 
@@ -389,9 +388,9 @@ def _speed(folder: Path, setting: dict[str, Any], turn: Callable[[bool], None]) 
     full = setting["speed"]
     if not _reads_on(folder):
         keys = {"rounds": setting["rounds"] if full else 1, "threads": setting["threads"]}
-        found = latency(folder, progress=_Rounds(turn) if full else silent, **keys).to_dict()
-        return {"resident_bytes": found["resident_bytes"], **({"latency": found} if full else {})}
-    made = bench(
+        latencies = latency(folder, progress=_Rounds(turn) if full else silent, **keys).to_dict()
+        return {"resident_bytes": latencies["resident_bytes"], **({"latency": latencies} if full else {})}
+    measured = bench(
         folder,
         prompt_tokens=setting["prompt_tokens"],
         tokens=32 if full else 1,
@@ -399,8 +398,8 @@ def _speed(folder: Path, setting: dict[str, Any], turn: Callable[[bool], None]) 
         threads=setting["threads"],
         progress=_Rounds(turn) if full else silent,
     ).to_dict()
-    row = {"resident_bytes": made["resident_bytes"]}
-    return {**row, "speed": made} if full else row
+    row = {"resident_bytes": measured["resident_bytes"]}
+    return {**row, "speed": measured} if full else row
 
 
 def _sparsity(folder: Path) -> dict[str, Any]:

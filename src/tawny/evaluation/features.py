@@ -193,15 +193,15 @@ class _Output:
     def logits(self, row: int) -> Tensor:
         """Log-probabilities `[events, classes]` of one sample: of its class, or of the token at each place."""
         inputs = {name: value[row : row + 1] for name, value in self.inputs.items()}
-        made = self.stack.logits(inputs, self.hidden[row : row + 1])[0].float().log_softmax(-1)
-        events = made if made.dim() == 2 else made[None]
+        log_probabilities = self.stack.logits(inputs, self.hidden[row : row + 1])[0].float().log_softmax(-1)
+        events = log_probabilities if log_probabilities.dim() == 2 else log_probabilities[None]
         return events if self.valid is None or len(events) != self.valid.shape[1] else events[self.valid[row]]
 
 
 def _has_logits(stack: Stack, inputs: Any, hidden: Tensor) -> bool:
     """Whether there are classes to compare: of a single output, such as a reranker's score, the softmax is 1 whatever it is."""
-    made = stack.output({name: value[:1] for name, value in inputs.items()}, hidden[:1]).get("logits")
-    return made is not None and made.dim() in (2, 3) and made.shape[-1] > 1
+    logits = stack.output({name: value[:1] for name, value in inputs.items()}, hidden[:1]).get("logits")
+    return logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1
 
 
 class _Sums:
@@ -234,9 +234,9 @@ class _Sums:
         for kept, made in zip(self.pooled, (g, f), strict=True):
             kept.append(((made * weight[..., None]).sum(1) / counts[:, None]).cpu())
         if dense.gives_logits and other.gives_logits:
-            found = [_distance(dense.logits(row), other.logits(row)) for row in range(len(g))]
-            for name in found[0]:
-                self._keep(name, torch.tensor([each[name] for each in found]))
+            distances = [_distance(dense.logits(row), other.logits(row)) for row in range(len(g))]
+            for name in distances[0]:
+                self._keep(name, torch.tensor([each[name] for each in distances]))
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.rows.setdefault(name, []).append(values.double().cpu())
@@ -247,14 +247,14 @@ class _Sums:
         each["error"] = lost / energy.mean()
         near = [_nearest(torch.cat(some)) for some in self.pooled]
         each["neighbours"] = (near[0] == near[1]).double()
-        made: dict[str, Any] = {"kl": None, "top1": None, "top5": None, "kl_stderr": 0.0, "top1_stderr": 0.0}
+        facts: dict[str, Any] = {"kl": None, "top1": None, "top5": None, "kl_stderr": 0.0, "top1_stderr": 0.0}
         for name, values in each.items():
-            made[name] = float(values.mean())
+            facts[name] = float(values.mean())
             if name != "top5":
                 # The error is a ratio of two means over the same samples: the delta method.
                 off = values - values.mean() * energy / energy.mean() if name == "error" else values
-                made[f"{name}_stderr"] = float(off.std()) / math.sqrt(len(off)) if len(off) > 1 else 0.0
-        return made
+                facts[f"{name}_stderr"] = float(off.std()) / math.sqrt(len(off)) if len(off) > 1 else 0.0
+        return facts
 
 
 def _distance(p_EC: Tensor, q_EC: Tensor) -> dict[str, float]:

@@ -48,16 +48,16 @@ def kept_stream(stack: Stack, folder: Path | None, ids: Tensor, progress: Progre
     if kept is None:
         return stream_through(stack, Samples(ids), progress, phase)
     with contextlib.suppress(CheckpointError, KeyError, OSError):  # none there, or a damaged one
-        found = Stream(stack, Samples(ids), depth=len(stack), saved=kept)
+        stored = Stream(stack, Samples(ids), depth=len(stack), saved=kept)
         with contextlib.suppress(OSError):  # it may be another user's
             kept.touch()
         progress.say(f"{phase}: hidden states kept from before")
-        return found
+        return stored
     began = time.perf_counter()
-    made = stream_through(stack, Samples(ids), progress, phase)
+    stream = stream_through(stack, Samples(ids), progress, phase)
     if time.perf_counter() - began >= _WORTH:
-        _keep(made, kept)
-    return made
+        _keep(stream, kept)
+    return stream
 
 
 def _place(stack: Stack, folder: Path, ids: Tensor) -> Path | None:

@@ -105,9 +105,9 @@ def inspect(
     stack = open_stack(folder, torch.float32)
     inspecting = _Inspect()
     walk(Run.unkept(progress), stack, {}, [inspecting], phase="inspecting")
-    found = inspecting.linears
-    prunable = sum(x.shape[0] * x.shape[1] for x in found)
-    zeros = sum(x.zeros for x in found)
+    linears = inspecting.linears
+    prunable = sum(x.shape[0] * x.shape[1] for x in linears)
+    zeros = sum(x.zeros for x in linears)
     assert stack.checkpoint is not None
     gguf = gguf_behind(source)
     return Inspection(
@@ -121,7 +121,7 @@ def inspect(
         blocks=len(stack),
         tied_head=_tied(stack.model),
         dense=staying_dense(stack.model, stack.structure),
-        linears=found,
+        linears=linears,
     )
 
 

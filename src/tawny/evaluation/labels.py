@@ -47,12 +47,12 @@ def read_labels(given: str | Path, data: Texts, names: Mapping[int, str]) -> Lab
     root = Path(source.pictures or "").expanduser()
     files = {path.relative_to(root).as_posix(): path for path in pictures_in(source)}
     rows = _by_folder(files, root) if str(given) == FOLDER else _by_table(Path(given), files, root, names)
-    found = {name: _number(label, names, where) for name, label, where in rows}
-    if not found:
+    numbers = {name: _number(label, names, where) for name, label, where in rows}
+    if not numbers:
         raise TextError(f"labels {given} name no picture: expected a line FILE,CLASS for each")
-    chosen = sorted(found, key=files.__getitem__)
+    chosen = sorted(numbers, key=files.__getitem__)
     return Labelled(
-        [files[name] for name in chosen], [found[name] for name in chosen], len(files) - len(found)
+        [files[name] for name in chosen], [numbers[name] for name in chosen], len(files) - len(numbers)
     )
 
 

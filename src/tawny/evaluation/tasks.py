@@ -203,18 +203,18 @@ def evaluate_tasks(
             question = _fingerprint(loaded["tasks"], limit, computing)
             key = hashlib.sha256(f"{identity}\0{question}".encode()).hexdigest()[:32]
             kept = cache_folder() / "tasks" / f"{key}.json"
-            found = _kept(kept, name) if identity else None
-            if found is None:
+            earlier = _kept(kept, name) if identity else None
+            if earlier is None:
                 if lm is None:
                     progress.say(f"opening the model for {len(names)} task{'s' * (len(names) > 1)}")
                     lm = language_model(source, folder, dtype, device, tokenizer, batch_tokens)
                 lm.progress, lm.label = progress, name
-                found = _result(name, known, ask(lm, loaded, limit), loaded["tasks"], origin)
-                found = replace(found, fingerprint=question, seconds=time.perf_counter() - began)
+                earlier = _result(name, known, ask(lm, loaded, limit), loaded["tasks"], origin)
+                earlier = replace(earlier, fingerprint=question, seconds=time.perf_counter() - began)
                 if identity:
-                    _keep(kept, found)
-            done.append(found)
-            progress.say(_line(found))
+                    _keep(kept, earlier)
+            done.append(earlier)
+            progress.say(_line(earlier))
     alike = all(task.metric == "acc" for task in done)
     return TaskResults(
         source=str(source) if folder is not None else type(source).__name__,
@@ -296,22 +296,22 @@ def _result(
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """`{"acc,none": …, "acc_stderr,none": …}` as `{"acc": {"value": …, "stderr": …}}`."""
-    found: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float]] = {}
     for key, value in values.items():
         metric, _, tested = key.partition(",")
         if not tested or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         error = values.get(f"{metric}_stderr,{tested}")
         spread = float(error) if isinstance(error, (int, float)) and math.isfinite(error) else 0.0
-        found.setdefault(metric, {"value": float(value), "stderr": spread})
-    return found
+        metrics.setdefault(metric, {"value": float(value), "stderr": spread})
+    return metrics
 
 
 def _kept(path: Path, name: str) -> TaskResult | None:
     """An earlier result; whatever cannot be read is measured again."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return TaskResult(**{**found, "name": name, "cached": True})
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        return TaskResult(**{**plain, "name": name, "cached": True})
     except (OSError, ValueError, TypeError):
         return None
 

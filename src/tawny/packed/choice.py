@@ -114,11 +114,11 @@ def pack_end(W_OI: Tensor, kind: str, name: str) -> PackedTensor:
 
 def experts_by_parameter(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
     """The experts among `linears`, by the name of the fused parameter that holds them."""
-    found: dict[str, list[Linear]] = {}
+    experts: dict[str, list[Linear]] = {}
     for linear in linears:
         if linear.expert is not None:
-            found.setdefault(linear.key, []).append(linear)
-    return found
+            experts.setdefault(linear.key, []).append(linear)
+    return experts
 
 
 def is_changed(packed: PackedTensor, W_OI: Tensor) -> bool:

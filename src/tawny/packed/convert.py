@@ -124,10 +124,12 @@ class _FolderPacking:
         )
 
     def block(self, name: str, module: torch.nn.Module) -> None:
-        found = linears_of(module, name)
-        by_key = {linear.key: linear for linear in found if linear.expert is None and is_plain(linear.module)}
-        own = {linear.key for linear in found} - by_key.keys()
-        fused = experts_by_parameter(found)
+        linears = linears_of(module, name)
+        by_key = {
+            linear.key: linear for linear in linears if linear.expert is None and is_plain(linear.module)
+        }
+        own = {linear.key for linear in linears} - by_key.keys()
+        fused = experts_by_parameter(linears)
         for unit in self.checkpoint.units_of(name):
             if len(unit.targets) == 1 and unit.targets[0] in fused:
                 self._experts(unit, fused[unit.targets[0]])
@@ -173,9 +175,9 @@ class _FolderPacking:
             self._as_it_is(unit.sources)
             return
         for expert, place, own in zip(experts, places, sparsities, strict=True):
-            made = self.choice.pack_expert(fused, expert, own)
-            self._add(expert.name, made, place, expert.transposed, own)
-            self._compare(made, expert.view(fused))
+            packed = self.choice.pack_expert(fused, expert, own)
+            self._add(expert.name, packed, place, expert.transposed, own)
+            self._compare(packed, expert.view(fused))
         self.done.update(unit.sources)
 
     def _compare(self, packed: PackedTensor, W_OI: Tensor) -> None:
@@ -257,10 +259,10 @@ class _FolderPacking:
     def _found(self, keys: list[str]) -> dict[str, torch.Tensor]:
         """What the files hold for parameters, by source; empty where one of them is held in another layout."""
         units = {unit.targets[0]: unit for unit in self.checkpoint.units}
-        found = [units[key] for key in keys if key in units]
-        if not all(unit.converter is None for unit in found):
+        held = [units[key] for key in keys if key in units]
+        if not all(unit.converter is None for unit in held):
             return {}
-        return {unit.sources[0]: self.checkpoint.read(unit.sources)[unit.sources[0]] for unit in found}
+        return {unit.sources[0]: self.checkpoint.read(unit.sources)[unit.sources[0]] for unit in held}
 
     def _end(self, name: str, weights: dict[str, torch.Tensor], kind: str, embedding: str | None) -> None:
         """Pack equal weights once, as a head or as the rows of an embedding."""
@@ -338,9 +340,9 @@ def pack(
         total = writer.finish(*_layout_of(work.checkpoint, files))
         _card(output, folder, _NOTE.format(values=range_of(choice.kinds.values() or [choice.values])))
         rounded = {"values": sorted(work.changed), "head": choice.head, "embedding": choice.embedding}
-        told = {**choice.told, "bytes": total, "source_bytes": work.source_bytes}
+        facts = {**choice.told, "bytes": total, "source_bytes": work.source_bytes}
         if record is not None:
-            _record(output, record, told, total, {key: value for key, value in rounded.items() if value})
+            _record(output, record, facts, total, {key: value for key, value in rounded.items() if value})
         dense = [form for form in work.linears if form.form == "dense"]
         tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched), work.rounded)
         for line in staying_dense(work.model, work.blocks):
@@ -458,12 +460,12 @@ def unpack(
 
 def _dense(packed: PackedFolder, key: str, header: dict[str, Any]) -> Tensor:
     dtype = DTYPES[header["dtype"]]
-    found = packed.read_source(key, dtype) if key in packed.made else packed.read(key)
-    if list(found.shape) != header["shape"] or found.dtype != dtype:
+    dense = packed.read_source(key, dtype) if key in packed.made else packed.read(key)
+    if list(dense.shape) != header["shape"] or dense.dtype != dtype:
         raise CheckpointError(
             f"{packed.folder}: {key!r} has another shape than the checkpoint that was packed"
         )
-    return found
+    return dense
 
 
 def _carry(output: CheckpointWriter, folder: Path, method: dict[str, Any] | None) -> None:

@@ -53,8 +53,8 @@ def _over_lookup(kind: type[nn.Embedding]) -> type[nn.Embedding]:
 
 def _unmade(kind: type[nn.Embedding]) -> nn.Embedding:
     """An object without state, for pickle to fill."""
-    made = _over_lookup(kind)
-    return made.__new__(made)
+    table = _over_lookup(kind)
+    return table.__new__(table)
 
 
 def serve_from(embedding: nn.Embedding, head: PackedLinear, dtype: torch.dtype) -> None:

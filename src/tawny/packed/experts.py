@@ -43,8 +43,8 @@ class PackedExpert(PackedLinear):
         if isinstance(weight, PackedExpert) and isinstance(args[0], Tensor):
             if func is nn.functional.linear and not weight.transposed:
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                made: Tensor = weight(args[0])
-                return made if bias is None else made + bias
+                expanded: Tensor = weight(args[0])
+                return expanded if bias is None else expanded + bias
             if func in _MATMULS and weight.transposed:
                 return weight(args[0])
         return _on_dense(func, args, kwargs)
@@ -53,9 +53,9 @@ class PackedExpert(PackedLinear):
         return _asked(self, name, super().__getattr__)
 
     def holding(self, packed: PackedTensor) -> Self:
-        made = super().holding(packed)
-        made.transposed = self.transposed
-        return made
+        experts = super().holding(packed)
+        experts.transposed = self.transposed
+        return experts
 
     def as_stored(self) -> Tensor:
         """The dense weight as the fused parameter held it."""
@@ -121,13 +121,13 @@ class PackedExperts(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        made: torch.dtype = self[0].weight.dtype
-        return made
+        stored: torch.dtype = self[0].weight.dtype
+        return stored
 
     @property
     def device(self) -> torch.device:
-        made: torch.device = self[0].values.device
-        return made
+        where: torch.device = self[0].values.device
+        return where
 
     def as_stored(self) -> Tensor:
         """The dense fused parameter."""
@@ -144,12 +144,12 @@ class PackedExperts(nn.Module):
 
     def _each(self, x_ETI: Tensor) -> Tensor:
         """x[e] @ W[e] for each expert. Tokens that were not routed to it arrive as zeros, and leave as zeros unread."""
-        made = []
+        parts = []
         for expert, x_TI in zip(self, x_ETI, strict=True):
             (routed,) = torch.where((x_TI != 0).any(-1))
             y_TO = x_TI.new_zeros(len(x_TI), self.shape[2])
-            made.append(y_TO.index_copy(0, routed, expert(x_TI[routed])) if len(routed) else y_TO)
-        return torch.stack(made)
+            parts.append(y_TO.index_copy(0, routed, expert(x_TI[routed])) if len(routed) else y_TO)
+        return torch.stack(parts)
 
 
 # What a model may do to experts before it multiplies them, and is then done to the dense ones.

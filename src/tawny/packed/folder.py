@@ -58,9 +58,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys are different, and words."""
     for key, _ in pairs:
         key.encode()
-    if len(made := dict(pairs)) < len(pairs):
+    if len(once := dict(pairs)) < len(pairs):
         raise ValueError("a key is given twice")
-    return made
+    return once
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,11 @@ class PackedLinearEntry:
         return W_OI.T.contiguous() if self.transposed else W_OI
 
     def to_dict(self) -> dict[str, Any]:
-        told = {key: list(fact) if isinstance(fact, tuple) else fact for key, fact in vars(self).items()}
+        facts = {key: list(fact) if isinstance(fact, tuple) else fact for key, fact in vars(self).items()}
         absent = {"name"} | {
-            key for key in ("rows", "index", "whole", "short") if told[key] is None or told[key] is False
+            key for key in ("rows", "index", "whole", "short") if facts[key] is None or facts[key] is False
         }
-        return {key: fact for key, fact in told.items() if key not in absent}
+        return {key: fact for key, fact in facts.items() if key not in absent}
 
     @property
     def full(self) -> bool:
@@ -167,10 +167,10 @@ class PackedLinearEntry:
 
     def wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors that are stored, by name: those of the format, without masks where every weight is there."""
-        found = self.form.tensors()
+        shapes = self.form.tensors()
         if self.full:
-            del found["masks"]
-        return found
+            del shapes["masks"]
+        return shapes
 
 
 @dataclass(frozen=True)
@@ -250,9 +250,9 @@ class PackedFolder:
     def _compare_config(self, packed: str | None) -> None:
         """A changed config.json is the user's right, and gives other numbers."""
         path = self.folder / "config.json"
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if packed not in (None, found):
-            _say_changed(path, found)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if packed not in (None, digest):
+            _say_changed(path, digest)
 
     @property
     def bytes(self) -> int:
@@ -282,20 +282,20 @@ class PackedFolder:
 
     def _experts(self) -> dict[str, list[PackedLinearEntry]]:
         """Experts by the fused parameter they are part of, in their order."""
-        found: dict[str, dict[str, PackedLinearEntry]] = {}
+        experts: dict[str, dict[str, PackedLinearEntry]] = {}
         for entry in self.linears.values():
             if entry.parameter is not None:
-                found.setdefault(entry.parameter, {})[entry.name] = entry
-        made = {
+                experts.setdefault(entry.parameter, {})[entry.name] = entry
+        ordered = {
             key: [entries[f"{key}.{number}"] for number in range(len(entries))]
-            for key, entries in found.items()
+            for key, entries in experts.items()
         }
-        for key, entries in made.items():
+        for key, entries in ordered.items():
             if len({(e.shape, e.transposed, e.storage, e.rows) for e in entries}) > 1:
                 raise ValueError(f"the experts of {key} are of several shapes or types")
             if any(entry.index not in (None, number) for number, entry in enumerate(entries)):
                 raise ValueError(f"the experts of {key} are not in the order of their source")
-        return made
+        return ordered
 
     def _refuse(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(
@@ -318,8 +318,8 @@ class PackedFolder:
         """
         if shards != {name: entry.shard for name, entry in self.tensors.items()}:
             raise ValueError("weight_map and tensors differ")
-        made = dict(self.made)
-        for source, entries in made.items():
+        sources = dict(self.made)
+        for source, entries in sources.items():
             places: list[Any] = [entry.index for entry in entries]
             if places != [None] and set(places) != set(range(len(entries))):
                 raise ValueError(f"two weights have one source, {source!r}, or one of its experts has none")
@@ -327,7 +327,7 @@ class PackedFolder:
         self._check_source_files()
         for part in self.source:
             for key, header in part.entries().items():
-                entries = made.pop(key, [])
+                entries = sources.pop(key, [])
                 begin, end = header["data_offsets"]
                 shape, dtype = header["shape"], header["dtype"]
                 if entries:
@@ -348,8 +348,10 @@ class PackedFolder:
                     raise self._refuse(
                         key, f"has {dtype} {shape} in the dense checkpoint and something else here"
                     )
-        if made:
-            raise self._refuse(next(iter(made)), "is packed, though the dense checkpoint had no such tensor")
+        if sources:
+            raise self._refuse(
+                next(iter(sources)), "is packed, though the dense checkpoint had no such tensor"
+            )
         if left:
             raise self._refuse(min(left), "belongs to no weight of the index")
 
@@ -388,11 +390,11 @@ class PackedFolder:
                 ends = {n: self.tensors[n].offset + self.tensors[n].bytes for n in names}
                 cut = min((n for n in names if ends[n] > size), key=ends.__getitem__, default=names[0])
                 raise self._refuse(cut, f"{shard} has {size} bytes where {self.shards[shard]} belong")
-            found = tensors_in(path)
+            tensors = tensors_in(path)
             for name in names:
-                self._check_place(name, found.pop(name, None))
-            if found:
-                raise self._refuse(next(iter(found)), f"is in {shard} and not in the index")
+                self._check_place(name, tensors.pop(name, None))
+            if tensors:
+                raise self._refuse(next(iter(tensors)), f"is in {shard} and not in the index")
 
     def _check_place(self, name: str, found: TensorEntry | None) -> None:
         entry = self.tensors[name]

@@ -258,14 +258,14 @@ def _rows(
     bits_GBRC = interleave(bit_pattern(_cast(W_OI, kind)))
     # −0.0 was a survivor of pruning: its place stays in the mask.
     kept_GBRC = masks_to_bits(full_masks((len(W_OI), W_OI.shape[1]))) if whole else bits_GBRC != 0
-    made: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     if scales_OS is not None:
         removing = None if whole else kept_GBRC
-        bits_GBRC, made = _scale(bits_GBRC.view(torch.float32), kind, group, scales_OS, removing)
+        bits_GBRC, tensors = _scale(bits_GBRC.view(torch.float32), kind, group, scales_OS, removing)
         if whole:
-            return {**made, "values": bits_GBRC.flatten()}
+            return {**tensors, "values": bits_GBRC.flatten()}
     counts, masks = kept_GBRC.flatten(1).sum(1), bits_to_masks(kept_GBRC)
-    return {**made, "masks": masks, "counts": counts, "values": bits_GBRC.flatten()[kept_GBRC.flatten()]}
+    return {**tensors, "masks": masks, "counts": counts, "values": bits_GBRC.flatten()[kept_GBRC.flatten()]}
 
 
 def _cast(W_OI: Tensor, kind: Kind) -> Tensor:

@@ -38,9 +38,9 @@ def keep_dense(model: nn.Module, name: str) -> None:
     """Let a linear that stays dense decode through our kernel. Transposed storage would need a copy: it stays."""
     old = model.get_submodule(name)
     if isinstance(old, nn.Linear) and is_plain(old):
-        made = DenseLinear.from_linear(old)
-        setattr(made, "weight", old.weight)  # noqa: B010 - the very same parameter: a tied one stays tied
-        install_linear(model, name, made)
+        dense = DenseLinear.from_linear(old)
+        setattr(dense, "weight", old.weight)  # noqa: B010 - the very same parameter: a tied one stays tied
+        install_linear(model, name, dense)
 
 
 def install_experts(model: nn.Module, key: str, experts: PackedExperts) -> None:
@@ -56,7 +56,7 @@ def install_experts(model: nn.Module, key: str, experts: PackedExperts) -> None:
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    name: str = next(name for name, found in model.named_modules() if found is module)
+    name: str = next(name for name, submodule in model.named_modules() if submodule is module)
     return name
 
 

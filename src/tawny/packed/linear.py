@@ -57,8 +57,8 @@ class PackedLinear(nn.Module):
         for name in _TENSORS:
             self.register_buffer(name, packed.tensors.get(name))
         self.register_parameter("bias", _bias(bias, self.out_features))
-        told = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
-        empty = torch.empty(0, packed.shape[1], dtype=told, device="cpu")
+        given = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
+        empty = torch.empty(0, packed.shape[1], dtype=given, device="cpu")
         self.register_buffer("weight", empty, persistent=False)
         self._call: ops.KernelCall | None = None
 

@@ -129,12 +129,12 @@ class _LivePacking:
                 self.untouched.add(linear.key)
                 continue
             weight = linear.view(getattr(linear.module, linear.parameter).data)
-            made, _ = self.choice.pack_linear(weight, linear.name)
-            if made is None:
+            packed, _ = self.choice.pack_linear(weight, linear.name)
+            if packed is None:
                 keep_dense(self.model, linear.name)
                 self.dense += 1
             else:
-                install_linear(self.model, linear.name, _over(linear.module, linear.dtype, made))
+                install_linear(self.model, linear.name, _over(linear.module, linear.dtype, packed))
                 self.packed += 1
         for key, experts in experts_by_parameter(linears).items():
             self._experts(key, experts)

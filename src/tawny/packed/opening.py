@@ -124,7 +124,7 @@ def load(
         return _decoded(folder, dtype, device)
     try:
         with verification(hashes=verify), refusing_code(folder):
-            model, found = kind.from_pretrained(
+            model, report = kind.from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
@@ -138,7 +138,7 @@ def load(
         reason = one_line(error)
         said = CheckpointError if packed else ModelError
         raise said(f"{source} cannot be opened: {reason}") from error
-    if absent := sorted(found["missing_keys"], key=natural):
+    if absent := sorted(report["missing_keys"], key=natural):
         raise CheckpointError(
             f"{source} lacks {len(absent)} weights of the model, first {', '.join(map(repr, absent[:3]))}; "
             + ("pack the model again" if packed else "fetch the checkpoint again")

@@ -33,26 +33,26 @@ def _spelled(weight: Weight) -> tuple[Any, ...]:
 
 def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias."""
-    made: Tensor = torch.ops.tawny.packed_linear(x, bias, *_spelled(weight))
-    return made
+    product: Tensor = torch.ops.tawny.packed_linear(x, bias, *_spelled(weight))
+    return product
 
 
 def expand(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The dense weight [rows, cols]."""
-    made: Tensor = torch.ops.tawny.expand(dtype, *_spelled(weight))
-    return made
+    expanded: Tensor = torch.ops.tawny.expand(dtype, *_spelled(weight))
+    return expanded
 
 
 def gather_rows(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """Rows `ids` of a packed weight → [*ids.shape, cols]."""
-    made: Tensor = torch.ops.tawny.gather_rows(ids, dtype, *_spelled(weight))
-    return made
+    rows: Tensor = torch.ops.tawny.gather_rows(ids, dtype, *_spelled(weight))
+    return rows
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias with a dense weight."""
-    made: Tensor = torch.ops.tawny.dense_linear(x, weight, bias)
-    return made
+    product: Tensor = torch.ops.tawny.dense_linear(x, weight, bias)
+    return product
 
 
 def _define(name: str, signature: str, real: Any, fake: Any) -> None:

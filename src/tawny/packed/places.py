@@ -45,13 +45,13 @@ def places_of(
     if {len(sources) for sources in by_pattern.values()} != {len(experts)}:
         return None
     for order in itertools.permutations(by_pattern.values()):
-        made = [list(sources) for sources in zip(*order, strict=True)]
+        places = [list(sources) for sources in zip(*order, strict=True)]
         if all(
             _is_put_together(expert.view(fused), expert, of, stored)
-            for expert, of in zip(experts, made, strict=True)
+            for expert, of in zip(experts, places, strict=True)
         ):
             return [
-                Place(of, rows=_rows(expert, of, stored)) for expert, of in zip(experts, made, strict=True)
+                Place(of, rows=_rows(expert, of, stored)) for expert, of in zip(experts, places, strict=True)
             ]
     return None
 

@@ -113,17 +113,17 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
             table = entry.embedding if entry.embedding and name == table_of(entry.embedding) else None
             old = model.get_submodule(table or name)
             biased = getattr(old, "bias", None) is not None
-            made = PackedLinear.empty(entry.form, biased, old.weight.dtype, "meta")
-            _expect(made, entry)
+            packed = PackedLinear.empty(entry.form, biased, old.weight.dtype, "meta")
+            _expect(packed, entry)
             # Initialisers of some models reach for the weights of their linears; this one says it needs nothing.
-            made.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+            packed.weight._is_hf_initialized = True  # type: ignore[attr-defined]
             if table is not None:
-                install_table(model, table, made)
+                install_table(model, table, packed)
             elif entry.embedding is None:
-                install_linear(model, name, made)
+                install_linear(model, name, packed)
                 _untie(model, f"{name}.weight")
             else:
-                install_head(model, name, entry.embedding, made)
+                install_head(model, name, entry.embedding, packed)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -172,10 +172,10 @@ def _install_experts(model: Any, folder: PackedFolder) -> None:
         if (entries := folder.experts.get(key)) is None:
             continue
         empty = [PackedLinear.empty(entry.form, device="meta").packed for entry in entries]
-        made = PackedExperts(empty, entries[0].transposed, parameter.dtype)
-        for expert, entry in zip(made, entries, strict=True):
+        experts = PackedExperts(empty, entries[0].transposed, parameter.dtype)
+        for expert, entry in zip(experts, entries, strict=True):
             _expect(expert, entry)
-        install_experts(model, key, made)
+        install_experts(model, key, experts)
 
 
 def _fitting(model: Any, path: Path) -> PackedFolder:
@@ -200,9 +200,11 @@ def _of_another_class(model: Any) -> str:
     from tawny.model.skeleton import model_class
 
     named, opens = model.config.architectures or [], model_class(model.config).__name__
-    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
     # Language models open as causal ones, whatever of them the configuration names.
-    causal = opens == "AutoModelForCausalLM" and type(model) in (made if isinstance(made, tuple) else (made,))
+    causal = opens == "AutoModelForCausalLM" and type(model) in (
+        classes if isinstance(classes, tuple) else (classes,)
+    )
     if not named or type(model).__name__ in named or causal:
         return ""
     part = (

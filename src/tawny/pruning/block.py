@@ -234,8 +234,8 @@ class PrunedBlock:
         seconds = time.perf_counter() - start
         # On a grid 0 may be a level, which says nothing of what was removed.
         removed = None if self.grid(linear) is None else linear.numel - int(solution.mask.sum())
-        told = {**solution.notes, **notes, **more}
-        self.put(linear, solution.weight, words, (lost, kind), seconds, told, removed)
+        noted = {**solution.notes, **notes, **more}
+        self.put(linear, solution.weight, words, (lost, kind), seconds, noted, removed)
 
     def put(
         self,

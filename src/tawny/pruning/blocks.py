@@ -57,19 +57,19 @@ def choose_blocks(session: Session) -> Allocation:
             f"sparsity {job.recipe.sparsity:g} leaves no block; of {len(sizes)} blocks one stays, so the most that is possible is "
             f"{math.floor(most / sum(sizes.values()) * 1e4) / 1e4:g}"
         )
-    _, found = journal.walk(BLOCKS)
-    found = found or {"gone": [], "scores": [], "over": False}
+    _, state = journal.walk(BLOCKS)
+    state = state or {"gone": [], "scores": [], "over": False}
     session.run.progress.phase(
-        "choosing blocks", max(1, round(wanted / max(sizes.values())) - len(found["gone"]))
+        "choosing blocks", max(1, round(wanted / max(sizes.values())) - len(state["gone"]))
     )
-    while not found["over"]:
-        found = session.run.ranks.same(
-            _next(session, sizes, wanted, found) if session.run.ranks.first else {}
+    while not state["over"]:
+        state = session.run.ranks.same(
+            _next(session, sizes, wanted, state) if session.run.ranks.first else {}
         )
-        journal.commit(BLOCKS, len(found["gone"]), found, {})
-        if not found["over"]:
-            session.run.progress.step(job.stack.name(found["gone"][-1]))
-    gone = set(found["gone"])
+        journal.commit(BLOCKS, len(state["gone"]), state, {})
+        if not state["over"]:
+            session.run.progress.step(job.stack.name(state["gone"][-1]))
+    gone = set(state["gone"])
     return {x.name: float(i in gone) for i, linears in enumerate(job.by_block) for x in linears}
 
 
@@ -105,14 +105,14 @@ def _apart(session: Session, gone: Collection[int], candidates: Collection[int])
     leaving = _Leave(solver, gone, candidates)
     run = Run.unkept(Within(session.run.progress))
     stream = walk(run, stack, {PRUNED: samples}, [leaving], phase="trying without each block")[PRUNED]
-    found = leaving.apart
+    scores = leaving.apart
     for index, hidden in leaving.without.items():
-        found[index] = _mean(stream, solver, leaving.dense, hidden, stack)
-    if bad := [index for index, value in found.items() if not math.isfinite(value)]:
+        scores[index] = _mean(stream, solver, leaving.dense, hidden, stack)
+    if bad := [index for index, value in scores.items() if not math.isfinite(value)]:
         raise NumericalError(
             f"without block {stack.name(bad[0])} the model gives NaN or infinite activations"
         )
-    return found
+    return scores
 
 
 @final

@@ -47,17 +47,17 @@ def solve_members(block: PrunedBlock, coupling: Coupling, statistics: Mapping[st
     seen = seen_by(block, coupling, statistics)
     removed = round(block.allocation[consumer.name] * coupling.members)
     with session.run.clock("solve"):
-        made = without_members(block, coupling, seen, removed)
-    made.set_biases(block, coupling)
+        without = without_members(block, coupling, seen, removed)
+    without.set_biases(block, coupling)
     if block.job.member_solver.wants_bias and removed and stack.bias(consumer) is None:
         session.record.warnings.append(
             f"{consumer.name} has no bias to compensate with, and {type(stack.model).__name__} no setting that gives it one"
         )
     for linear in coupling.linears:
-        dense_OI, pruned_OI = made.weights[linear.name]
+        dense_OI, pruned_OI = without.weights[linear.name]
         error = block.measure(dense_OI, pruned_OI, seen[linear.name])
         first = linear is consumer
-        notes = {"removed": removed, "members": coupling.members, **made.chosen.notes} if first else {}
+        notes = {"removed": removed, "members": coupling.members, **without.chosen.notes} if first else {}
         seconds = time.perf_counter() - start if first else 0.0
         block.put(linear, pruned_OI, coupling.kind, error, seconds, notes)
 
@@ -76,9 +76,9 @@ def without_members(
         NumericalError: names the linear.
     """
     stack, consumer = block.job.stack, coupling.consumer
-    W_OI, made = _choose(block, coupling, seen, removed)
-    gone_G = ~made.keep.cpu()
-    weights, biases = {consumer.name: (W_OI, made.weight)}, {}
+    W_OI, chosen = _choose(block, coupling, seen, removed)
+    gone_G = ~chosen.keep.cpu()
+    weights, biases = {consumer.name: (W_OI, chosen.weight)}, {}
     for rows in coupling.producers:
         dense_OI = stack.weight(rows.linear)
         gone_R = rows.index_GR[gone_G].flatten().to(dense_OI.device)
@@ -87,9 +87,9 @@ def without_members(
         if bias_O is not None:
             biases[rows.linear.name] = bias_O.index_fill_(0, gone_R, 0.0)
     bias_O = stack.bias(consumer)
-    if bias_O is not None and made.shift is not None:
-        biases[consumer.name] = bias_O + made.shift
-    return Without(made, weights, biases)
+    if bias_O is not None and chosen.shift is not None:
+        biases[consumer.name] = bias_O + chosen.shift
+    return Without(chosen, weights, biases)
 
 
 def _known(block: PrunedBlock, linear: Linear, statistics: Mapping[str, Statistics]) -> Seen:

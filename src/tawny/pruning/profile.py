@@ -125,19 +125,19 @@ def profile(
 def _allocator(name: str, recipe: Recipe) -> Allocator:
     if recipe.allocator.name != name:
         recipe = resolve_recipe(sparsity=recipe.sparsity, compat=recipe.compat, allocator=name)
-    made: Allocator = recipe.make_allocator()
-    return made
+    allocator: Allocator = recipe.make_allocator()
+    return allocator
 
 
 def _named_allocations(
     walked: Profile, survey: Survey, recipe: Recipe, pattern: AnyPattern
 ) -> dict[str, list[float]]:
     """Sparsity of each block as each allocator would set it."""
-    made = {}
+    allocations = {}
     for name, allocator in survey.joint.allocators.items():
         allocation = allocate(allocator, survey.profile_of(name, walked), pattern, recipe.sparsity)
-        made[name] = block_sparsities(allocation, walked)
-    return made
+        allocations[name] = block_sparsities(allocation, walked)
+    return allocations
 
 
 def _owl_allocations(
@@ -145,8 +145,10 @@ def _owl_allocations(
 ) -> dict[str, list[float]]:
     """Sparsity of each block as OWL would set it for every M, with the recipe's λ where it has one."""
     strength = recipe.allocator.options.get("lambda_", recipe.allocator.options.get("lambda", 0.08))
-    made = {}
+    allocations = {}
     for M in Ms:
         owl = Owl(M=M, lambda_=float(strength))
-        made[f"owl M={M:g}"] = block_sparsities(allocate(owl, walked, pattern, recipe.sparsity), walked)
-    return made
+        allocations[f"owl M={M:g}"] = block_sparsities(
+            allocate(owl, walked, pattern, recipe.sparsity), walked
+        )
+    return allocations

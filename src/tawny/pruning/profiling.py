@@ -198,13 +198,13 @@ def allocate(
             f"{pattern} gives the linears of a block one n of {pattern.m}, the mean of what the allocator gave them, which "
             f"differs in {len(spread)} of {profile.blocks} blocks, by up to {max(spread.values()):.2g}"
         )
-    made = mixed_nm(wish, profile, pattern.m, pattern.n)
+    allocation = mixed_nm(wish, profile, pattern.m, pattern.n)
     means = [mean for i, mean in enumerate(block_sparsities(wish, profile)) if profile.parameters(i)]
-    if warnings is not None and max(means) - min(means) > 1e-6 and len(set(made.values())) == 1:
+    if warnings is not None and max(means) - min(means) > 1e-6 and len(set(allocation.values())) == 1:
         warnings.append(
             f"every block keeps {pattern}: what the allocator gave them differs by less than one n of {pattern.m}"
         )
-    return made
+    return allocation
 
 
 def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tuple[Allocation, dict[str, str]]:

@@ -130,16 +130,16 @@ def refine(
             stacked.callback(leaves.close)
             stacked.enter_context(leaves)
         before = pairs.loss(held)
-        made = Refined(index, before, before)
+        refined = Refined(index, before, before)
         if before > 0 and math.isfinite(before):
-            _train(pairs, trained, train, held, options, seed, made, step)
+            _train(pairs, trained, train, held, options, seed, refined, step)
         elif not math.isfinite(before):
-            made.stopped = "the loss is not finite before the first step"
+            refined.stopped = "the loss is not finite before the first step"
         for entry in trained:
             entry.finish()
-        made.also = [entry.name for entry in trained if entry.keep is None and entry.changed]
-    made.seconds = round(time.perf_counter() - start, 3)
-    return made
+        refined.also = [entry.name for entry in trained if entry.keep is None and entry.changed]
+    refined.seconds = round(time.perf_counter() - start, 3)
+    return refined
 
 
 def _train(
@@ -221,16 +221,16 @@ class _Pairs:
             part = list(chosen[first : first + self.at_once])
             samples = self.samples.take(part)
             call = self.stack.calls(samples.inputs)[self.index]
-            made = self.stack.differentiable(self.index, self._pick(self.inputs, part), call)
+            output = self.stack.differentiable(self.index, self._pick(self.inputs, part), call)
             wanted = self._pick(self.targets, part)
-            yield made, wanted, _weights(wanted, samples.mask)
+            yield output, wanted, _weights(wanted, samples.mask)
 
     def loss(self, chosen: Sequence[int]) -> float:
         """What a token's output has lost, mean over tokens."""
         lost, tokens = 0.0, 0
         with torch.no_grad():
-            for made, wanted, weight in self._forwards(chosen):
-                lost += float(_squares(made, wanted, weight, self.counts_H))
+            for output, wanted, weight in self._forwards(chosen):
+                lost += float(_squares(output, wanted, weight, self.counts_H))
                 tokens += int((weight > 0).sum())
         return lost / tokens if tokens else 0.0
 
@@ -240,8 +240,8 @@ class _Pairs:
         tokens = len(chosen) * self.samples.seqlen if mask is None else int(mask[list(chosen)].sum())
         scale, lost = scale / max(tokens, 1), 0.0
         with torch.enable_grad():
-            for made, wanted, weight in self._forwards(chosen):
-                squares = _squares(made, wanted, weight, self.counts_H)
+            for output, wanted, weight in self._forwards(chosen):
+                squares = _squares(output, wanted, weight, self.counts_H)
                 value = float(squares.detach())
                 if not math.isfinite(value):
                     return value
@@ -339,9 +339,9 @@ class _Trained:
         return value.to(self.dtype).to(self.stored.dtype)
 
     def remember(self) -> None:
-        made = self._rounded(self._value())
-        self.changed = self.changed or not torch.equal(made, self.best)
-        self.best.copy_(made)
+        value = self._rounded(self._value())
+        self.changed = self.changed or not torch.equal(value, self.best)
+        self.best.copy_(value)
 
     def finish(self) -> None:
         """The best state, which may be the first, into the block and what is stored of it."""
@@ -379,14 +379,14 @@ class _Adam:
 @contextmanager
 def _borrowed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Nothing but what is trained here has gradients; afterwards each is as trainable as its owner left it."""
-    found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
-    for parameter, _, _ in found:
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+    for parameter, _, _ in flags:
         parameter.requires_grad_(False)
         parameter.grad = None
     try:
         yield
     finally:
-        for parameter, flag, grad in found:
+        for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
             parameter.grad = grad
 
@@ -400,7 +400,7 @@ def _trained(
     kinds: Mapping[str, tuple[Kind, int | None]],
 ) -> list[_Trained]:
     """The survivors of the pruned linears, and the block's norms and their biases."""
-    made: list[_Trained] = []
+    trained: list[_Trained] = []
     for linear in linears:
         parameter = getattr(linear.module, linear.parameter)
         stored = stack.stored[linear.key] if stack.checkpoint else parameter.data
@@ -414,7 +414,7 @@ def _trained(
         entry = _Trained(linear.name, leaf, stored, master, masked=True, **how)
         if linear.expert is not None:
             entry.expert = (parameter, linear.expert)
-        made.append(entry)
+        trained.append(entry)
     owners = {id(linear.module) for linear in linears}
     seen: set[int] = set()  # modules of one block may share a norm
     for path, module in stack.blocks[index].named_modules():
@@ -428,5 +428,5 @@ def _trained(
                 name = ".".join(filter(None, [stack.name(index), path, leaf_name]))
                 stored = stack.stored[name] if stack.checkpoint else value.data
                 master = stored.to(torch.float32, copy=True)
-                made.append(_Trained(name, value, stored, master, masked=False, dtype=dtype))
-    return made
+                trained.append(_Trained(name, value, stored, master, masked=False, dtype=dtype))
+    return trained

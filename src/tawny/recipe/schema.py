@@ -231,18 +231,18 @@ class Recipe:
             values[section] = _choice(section, given, compat, default_name(section, values))
         values["values"] = _with_kinds(values["values"], values["allocator"])
         values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
-        made = checked(cls, values, "recipe key")
-        names = ", ".join(made.values.names)
-        if names and made.refit:
+        recipe = checked(cls, values, "recipe key")
+        names = ", ".join(recipe.values.names)
+        if names and recipe.refit:
             raise RecipeError(
                 f"refit moves survivors off the grid of {names} values: leave one of the two out"
             )
-        if made.values.mean is not None and (made.sparsity or ":" in made.pattern):
+        if recipe.values.mean is not None and (recipe.sparsity or ":" in recipe.pattern):
             raise RecipeError(
-                f"values.mean spends the budget in bits and sparsity {made.sparsity:g} spends it in zeros: leave one out"
+                f"values.mean spends the budget in bits and sparsity {recipe.sparsity:g} spends it in zeros: leave one out"
             )
-        _check_whole(made)
-        return made
+        _check_whole(recipe)
+        return recipe
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON and YAML types, every default spelled out."""

@@ -50,10 +50,10 @@ def front_matter(card: str) -> dict[str, Any]:
         return {}
     head, closed, _ = card[3:].partition("\n---")
     try:
-        found = yaml.safe_load(head) if closed else None
+        front = yaml.safe_load(head) if closed else None
     except (yaml.YAMLError, ValueError):  # a ValueError is that of a date such as 2024-13-45
         return {}
-    return dict(found) if isinstance(found, Mapping) else {}
+    return dict(front) if isinstance(front, Mapping) else {}
 
 
 def packed_note(card: str) -> str:

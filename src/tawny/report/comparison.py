@@ -38,9 +38,9 @@ def compared(result: Mapping[str, Any]) -> Frame:
         better: Better | None = None,
         change: Callable[[float, float], str] | None = None,
     ) -> None:
-        found = [_read(read, model) for model in models]
-        if any(found):
-            frame.add(name + (f", {unit}" if unit else ""), *_cells(found, better, change))
+        cells = [_read(read, model) for model in models]
+        if any(cells):
+            frame.add(name + (f", {unit}" if unit else ""), *_cells(cells, better, change))
 
     add("sparsity", "", lambda m: (m["sparsity"], percent(m["sparsity"])))
     add("files", "", lambda m: (m["file_bytes"], size(m["file_bytes"])), "lower", _times)
@@ -77,10 +77,10 @@ def compared(result: Mapping[str, Any]) -> Frame:
 
 def _read(read: Callable[[Mapping[str, Any]], Found | None], model: Mapping[str, Any]) -> Found | None:
     try:
-        found = read(model)
+        cell = read(model)
     except (KeyError, TypeError):  # not measured, or failed
         return None
-    return found if found and math.isfinite(found[0]) else None
+    return cell if cell and math.isfinite(cell[0]) else None
 
 
 def _cells(
@@ -110,24 +110,24 @@ def _points(value: float, reference: float) -> str:
 
 
 def _agreed(model: Mapping[str, Any], key: str, show: Callable[[float, float], str]) -> Found:
-    found = model["perplexity"]["agreement"]
-    return found[key], show(found[key], found[f"{key}_stderr"])
+    agreement = model["perplexity"]["agreement"]
+    return agreement[key], show(agreement[key], agreement[f"{key}_stderr"])
 
 
 def _feature(model: Mapping[str, Any], key: str, show: Callable[[float, float], str]) -> Found | None:
-    found = model["features"]
-    return None if found[key] is None else (found[key], show(found[key], found[f"{key}_stderr"]))
+    features = model["features"]
+    return None if features[key] is None else (features[key], show(features[key], features[f"{key}_stderr"]))
 
 
 def _accuracy(model: Mapping[str, Any]) -> Found:
-    found = model["accuracy"]
-    return found["accuracy"], share_text(found["accuracy"], found["stderr"])
+    accuracy = model["accuracy"]
+    return accuracy["accuracy"], share_text(accuracy["accuracy"], accuracy["stderr"])
 
 
 def _latency(model: Mapping[str, Any]) -> Found:
-    found = model["latency"]
-    low, high = found["seconds_quartiles"]
-    return found["seconds"], f"{1000 * found['seconds']:,.2f} ({1000 * low:,.2f}–{1000 * high:,.2f})"
+    latency = model["latency"]
+    low, high = latency["seconds_quartiles"]
+    return latency["seconds"], f"{1000 * latency['seconds']:,.2f} ({1000 * low:,.2f}–{1000 * high:,.2f})"
 
 
 def _perplexity(model: Mapping[str, Any]) -> Found:

@@ -121,9 +121,9 @@ def _draw_bits(axes: Any, roles: Mapping[str, Mapping[str, Sequence[float | None
         for x, (number, zeros) in enumerate(zip(row["bits"], row["sparsity"], strict=True)):
             if number is None:
                 continue
-            told = f"{number:.3g}" + (f"\n−{zeros:.0%}" if zeros else "")
+            label = f"{number:.3g}" + (f"\n−{zeros:.0%}" if zeros else "")
             style = {"fontsize": 5.5 if zeros else 7, "color": "white" if number > 5 else "black"}
-            axes.text(x, y, told, ha="center", va="center", **style)
+            axes.text(x, y, label, ha="center", va="center", **style)
     axes.set_yticks(range(len(roles)), unique_ends(list(roles)))
     axes.set_xlabel("block")
     axes.xaxis.get_major_locator().set_params(integer=True)

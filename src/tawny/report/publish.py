@@ -38,9 +38,9 @@ def _publish(plain: Mapping[str, Any], text: str, folder: Path) -> Path:
     # What the card inherited from the base model's stays in it, and the note that packing put there.
     old = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     recovery = _recovery(plain, folder)
-    made = model_card(plain, front_matter(old), note=packed_note(old), recovery=recovery)
+    page = model_card(plain, front_matter(old), note=packed_note(old), recovery=recovery)
     write_beside(folder / "run.json", text)
-    write_beside(card, made)
+    write_beside(card, page)
     if "curve" in recovery:  # all of a recover.json, of which the page of a recovered model is made
         return write_recovery(recovery, folder, recovered_since(plain).strip())
     return write_report(plain, folder)
@@ -50,10 +50,10 @@ def _recovery(record: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """What is known of a recovery of these weights: `recover.json`, else what the record says; empty if there was none."""
     summary: Mapping[str, Any] = record.get("recovery") or {}
     try:
-        told = json.loads((folder / "recover.json").read_text(encoding="utf-8"))
+        plain = json.loads((folder / "recover.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        told = None
-    if not isinstance(told, dict):
+        plain = None
+    if not isinstance(plain, dict):
         return summary
     # The file may have been copied beside a model that was pruned again; it holds for the weights before.
-    return told if summary or told.get("zeros", 0) >= record["zeros"] else {}
+    return plain if summary or plain.get("zeros", 0) >= record["zeros"] else {}

@@ -118,17 +118,17 @@ def check_folder(folder: Path) -> dict[str, Any]:
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json, so nobody could open it as a model")
-    found = weight_files(folder)
-    if not found:
+    hashed = weight_files(folder)
+    if not hashed:
         raise CheckpointError(f"{folder} holds no *.safetensors file; the weights are missing")
-    told = record.get("files", {})
-    for name in sorted(set(told) | set(found)) if told else []:
-        if found.get(name) != told.get(name):
-            what = "is missing" if name not in found else "is not the file that run.json describes"
+    recorded = record.get("files", {})
+    for name in sorted(set(recorded) | set(hashed)) if recorded else []:
+        if hashed.get(name) != recorded.get(name):
+            what = "is missing" if name not in hashed else "is not the file that run.json describes"
             raise CheckpointError(
                 f"{folder / name} {what}; prune again, or push a folder that was not changed"
             )
-    _check_index(folder, found)
+    _check_index(folder, hashed)
     return record
 
 

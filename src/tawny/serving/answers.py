@@ -245,17 +245,17 @@ class Service:
         if "�" not in word:
             return list(word.encode())
         entry = self.tokenizer.convert_ids_to_tokens(token)
-        found = bytes.fromhex(entry[3:5]) if _BYTE.fullmatch(entry) else _bytes_of_letters(entry)
-        return list(found) if found.decode(errors="replace") == word else None
+        spelled = bytes.fromhex(entry[3:5]) if _BYTE.fullmatch(entry) else _bytes_of_letters(entry)
+        return list(spelled) if spelled.decode(errors="replace") == word else None
 
     def lengths(self, text: str, ids: list[int]) -> list[int]:
         """How many characters of a prompt each of its tokens makes whole."""
-        pieces, made, lengths = TextPieces(self.tokenizer, special=True), 0, []
+        pieces, count, lengths = TextPieces(self.tokenizer, special=True), 0, []
         for token in ids:
             # The tokenizer may have put something before the text, as a token that begins it.
-            added = not text.startswith(self.word(token), made) and not decode(self.tokenizer, [token])
+            added = not text.startswith(self.word(token), count) and not decode(self.tokenizer, [token])
             lengths.append(0 if added else len(pieces.add(token)))
-            made += lengths[-1]
+            count += lengths[-1]
         return lengths
 
 
@@ -296,8 +296,8 @@ class _Common:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
 
     def _chunk(self, choice: Json) -> Json:
-        made = self._head(self.chunk_kind) | {"choices": [choice]}
-        return made | {"usage": None} if self.tells_usage else made
+        chunk = self._head(self.chunk_kind) | {"choices": [choice]}
+        return chunk | {"usage": None} if self.tells_usage else chunk
 
     def usage_chunk(self) -> Json:
         return self._head(self.chunk_kind) | {"choices": [], "usage": self._usage()}
@@ -306,11 +306,11 @@ class _Common:
         # A prompt that several choices share counts once.
         read = [usage for index, usage in self.usages.items() if index % self.asked.n == 0]
         prompt, cached = sum(usage.prompt for usage in read), sum(usage.cached for usage in read)
-        made = sum(usage.made for usage in self.usages.values())
+        completed = sum(usage.made for usage in self.usages.values())
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": made,
-            "total_tokens": prompt + made,
+            "completion_tokens": completed,
+            "total_tokens": prompt + completed,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
@@ -460,7 +460,7 @@ class _Completion(_Common):
         self, made: _Text, ids: list[int], likelihoods: Sequence[Likelihood | None], lengths: list[int]
     ) -> Json:
         """The logprobs of these tokens, which are added to the choice's."""
-        told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        logprobs: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, likelihood, length in zip(ids, likelihoods, lengths, strict=True):
             word = self.service.word(token)
             top: dict[str, float] | None = None
@@ -468,23 +468,23 @@ class _Completion(_Common):
                 top = {}  # of two tokens that look alike the likelier one
                 for number, logprob in (*likelihood.top, (token, likelihood.logprob)):
                     top.setdefault(self.service.word(number), logprob)
-            told["tokens"].append(word)
-            told["token_logprobs"].append(None if likelihood is None else likelihood.logprob)
-            told["top_logprobs"].append(top)
-            told["text_offset"].append(made.offset)
+            logprobs["tokens"].append(word)
+            logprobs["token_logprobs"].append(None if likelihood is None else likelihood.logprob)
+            logprobs["top_logprobs"].append(top)
+            logprobs["text_offset"].append(made.offset)
             made.offset += length
-        for key, values in told.items():
+        for key, values in logprobs.items():
             made.logprobs[key] += values
-        return told
+        return logprobs
 
     def whole(self) -> Json:
         choices = [
             {
                 "index": index,
-                "text": made.text,
-                "logprobs": made.logprobs if self.tells else None,
-                "finish_reason": made.finish,
+                "text": text.text,
+                "logprobs": text.logprobs if self.tells else None,
+                "finish_reason": text.finish,
             }
-            for index, made in enumerate(self.texts)
+            for index, text in enumerate(self.texts)
         ]
         return self._head(self.kind) | {"choices": choices, "usage": self._usage()}

@@ -107,12 +107,12 @@ class Desk:
 
         if asked.stream:
             return Streamed(running, answer, done)
-        made, gone = asyncio.create_task(whole(running, answer)), asyncio.create_task(_gone(request))
+        answering, gone = asyncio.create_task(whole(running, answer)), asyncio.create_task(_gone(request))
         try:
-            await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return JSONResponse(made.result()) if made.done() else Response(status_code=_LEFT)
+            await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return JSONResponse(answering.result()) if answering.done() else Response(status_code=_LEFT)
         finally:
-            made.cancel()
+            answering.cancel()
             gone.cancel()
             done()
 

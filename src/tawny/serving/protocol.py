@@ -195,17 +195,17 @@ class ChatMessage(_Fields):
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates take it: `developer` is what `system` was, and arguments are data."""
-        made: dict[str, Any] = {
+        message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.content or "",
         }
-        made |= {k: v for k in ("name", "tool_call_id") if (v := getattr(self, k)) is not None}
+        message |= {k: v for k in ("name", "tool_call_id") if (v := getattr(self, k)) is not None}
         if self.tool_calls:
-            made["tool_calls"] = [
+            message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": _function(call.function)}
                 for call in self.tool_calls
             ]
-        return made
+        return message
 
 
 def _function(called: CalledFunction) -> dict[str, Any]:

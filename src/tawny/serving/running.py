@@ -114,11 +114,11 @@ class Running:
         """For the log: never a text."""
         if not self.usages:
             return f"{len(self.orders)} left unfinished"
-        made, seconds = sum(usage.made for usage in self.usages), time.monotonic() - self.begin
+        tokens, seconds = sum(usage.made for usage in self.usages), time.monotonic() - self.begin
         first = f", first after {min(self.firsts.values()) - self.begin:.2f} s" if self.firsts else ""
         return (
             f"{sum(usage.prompt for usage in self.usages)} tokens read ({sum(u.cached for u in self.usages)} cached), "
-            f"{made} made{first}, {made / seconds:.1f} tokens/s, {'+'.join(sorted({u.finish for u in self.usages}))}"
+            f"{tokens} made{first}, {tokens / seconds:.1f} tokens/s, {'+'.join(sorted({u.finish for u in self.usages}))}"
         )
 
 
@@ -165,8 +165,8 @@ async def _chunks(running: Running, answer: Answer) -> AsyncIterator[bytes]:
 async def whole(running: Running, answer: Answer) -> dict[str, Any]:
     for _ in answer.opening():
         pass
-    async for index, told in running.events():
-        for _ in answer.add(index, told):
+    async for index, event in running.events():
+        for _ in answer.add(index, event):
             pass
     return answer.whole()
 

@@ -120,10 +120,10 @@ class CallFormat:
         """The text before the first call, and the calls."""
         begin, middle = _pattern(self.begin), _pattern(self.middle)
         between = None if self.between is None else _pattern(self.between)
-        found = begin.search(text)
-        if found is None:
+        opening = begin.search(text)
+        if opening is None:
             return text, []
-        content, calls, at = text[: found.start()], [], found.end()
+        content, calls, at = text[: opening.start()], [], opening.end()
         while (named := middle.search(text, at)) is not None:
             name = text[at : named.start()]
             try:
@@ -172,8 +172,8 @@ def _pieces(text: str, count: int) -> tuple[str, str, str] | None:
     if at < 0:
         return None
     behind = at + len(_NAMES[0])
-    for found in re.finditer(r"\{", text[behind:]):
-        begin = behind + found.start()
+    for brace in re.finditer(r"\{", text[behind:]):
+        begin = behind + brace.start()
         try:
             arguments, end = _RAW.raw_decode(text, begin)
         except ValueError:
@@ -186,8 +186,8 @@ def _pieces(text: str, count: int) -> tuple[str, str, str] | None:
 
 def _atoms(piece: str) -> list[str]:
     """A piece of the format as patterns of one after the other, whatever spaces the model writes."""
-    found = re.findall(rf"{_ID}|\s+|.", piece)
-    return [r"[A-Za-z0-9_-]+" if x == _ID else r"\s*" if x.isspace() else re.escape(x) for x in found]
+    atoms = re.findall(rf"{_ID}|\s+|.", piece)
+    return [r"[A-Za-z0-9_-]+" if x == _ID else r"\s*" if x.isspace() else re.escape(x) for x in atoms]
 
 
 def _pattern(piece: str) -> re.Pattern[str]:
@@ -208,9 +208,9 @@ class Beginning:
             self.behind += piece
             return ""
         text = self.held + piece
-        if found := self._whole.search(text):
-            self.held, self.behind = "", text[found.end() :]
-            return text[: found.start()]
+        if match := self._whole.search(text):
+            self.held, self.behind = "", text[match.end() :]
+            return text[: match.start()]
         at = next((at for at in range(len(text)) if self._may_begin(text, at)), len(text))
         self.held = text[at:]
         return text[:at]
@@ -218,10 +218,10 @@ class Beginning:
     def _may_begin(self, text: str, at: int) -> bool:
         """Whether all that the text has from there on is the first part of a beginning."""
         for atom in self._atoms:
-            found = atom.match(text, at)
-            if found is None:
+            match = atom.match(text, at)
+            if match is None:
                 return at == len(text)
-            at = found.end()
+            at = match.end()
         return False
 
 
