@@ -323,7 +323,7 @@ def ask(server, method, path, body=None, **headers):
         ({"Host": "evil.example"}, "{}", 403, "host 'evil.example'"),
         ({"Origin": "http://evil.example"}, "{}", 403, "pages of 'http://evil.example'"),
         ({"Origin": "null"}, "{}", 403, "pages of 'null'"),
-        ({}, '{"model": "ti', 400, "no valid JSON"),
+        ({}, '{"model": "ti', 400, "not valid JSON"),
         ({}, b'{"model": "\xff"}', 400, "parsing the body"),
         ({}, "[" * 100_000, 400, ""),
         ({}, "[]", 400, ""),

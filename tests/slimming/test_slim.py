@@ -13,6 +13,7 @@ from tawny.errors import ModelError
 from tawny.model import own_blocks
 from tawny.progress import Silent
 from tawny.report.card import front_matter
+from tawny.run.journal import Journal
 from tests.tiny import FAMILIES, tiny_model, tokens, with_outliers
 
 KEYS = {"sparsity": 0.3, "pattern": "channels+heads"}
@@ -257,18 +258,16 @@ def test_widths_of_a_model_of_pictures_and_text_are_said_of_its_text(tmp_path, c
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(dense, tmp_path, monkeypatch):
     whole = pruned(dense, tmp_path / "whole")
-    from tawny.pruning import run as pruning
-
     commits = []
 
-    def stop(session, blocks, streams):
-        kept(session, blocks, streams)
+    def stop(journal, walk, blocks, *rest):
+        commit(journal, walk, blocks, *rest)
         commits.append(blocks)
         raise KeyboardInterrupt
 
-    kept = pruning._commit
-    monkeypatch.setattr(pruning, "_commit", stop)
-    monkeypatch.setattr("tawny.run.journal.Journal.due", lambda self: True)
+    commit = Journal.commit
+    monkeypatch.setattr(Journal, "commit", stop)
+    monkeypatch.setattr(Journal, "due", lambda self: True)
     with pytest.raises(tawny.errors.Interrupted):
         pruned(dense, tmp_path / "cut")
     monkeypatch.undo()
