@@ -46,6 +46,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tawny.calibration.output import Factor, OutputFactor
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
@@ -90,7 +91,7 @@ class Alps(Solver):
     default_scope: ClassVar[Scope] = "matrix"
     stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: a fraction of the time
 
-    def work(self, out: int, width: int) -> Work:
+    def work(self, out: int, width: int, output: Factor = "none") -> Work:
         """A residual; about 33 iterations, four steps, and what lies between; two inverses with powers, or eleven for all ρ."""
         if native_dtype() is torch.bfloat16:
             return Work(tall=1.2, square=1.4, rounded=37.0, rounded_square=6.0, passes=280.0)
@@ -98,7 +99,7 @@ class Alps(Solver):
             return Work(tall=1.2, square=3.0, rounded=40.0, passes=280.0)
         return Work(tall=1.2, square=8.0, rounded=37.0, passes=280.0)
 
-    def rounding(self, out: int, width: int) -> Work:
+    def rounding(self, out: int, width: int, output: Factor = "none") -> Work:
         """36 more iterations, in which the grid costs more than a mask does, and looks at what is lost."""
         if native_dtype() is torch.bfloat16:
             return Work(tall=3.0, square=1.4, rounded=36.0, rounded_square=6.0, passes=2800.0)
@@ -106,7 +107,7 @@ class Alps(Solver):
             return Work(tall=3.0, square=1.6, rounded=39.0, passes=2800.0)
         return Work(tall=3.0, square=4.4, rounded=36.0, passes=2800.0)
 
-    def workspace(self, out: int, width: int) -> int:
+    def workspace(self, out: int, width: int, output: Factor = "none") -> int:
         """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured.
 
         Looked for with three copies of the weight and what was seen of it, two chunks, and squares of inputs: for bfloat16
@@ -131,7 +132,13 @@ class Alps(Solver):
         return with_damping(self.damp, len(H_II), attempt)
 
     def solved(
-        self, W_OI: Tensor, shared: Scaled, pattern: Pattern, sparsity: float, grid: Grid | None
+        self,
+        W_OI: Tensor,
+        shared: Scaled,
+        pattern: Pattern,
+        sparsity: float,
+        grid: Grid | None,
+        output: OutputFactor | None,
     ) -> Solution:
         solution = self._pruned(W_OI, shared, pattern, sparsity)
         return solution if grid is None else self._rounded(W_OI, shared, solution, grid)

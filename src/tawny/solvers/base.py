@@ -17,10 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tawny.calibration.output import Factor, OutputFactor
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Pattern, Scope, keep_mask, removed_count
 from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project
+from tawny.solvers.output import row_roots
 
 __all__ = [
     "BlockSolver",
@@ -39,6 +41,7 @@ __all__ = [
     "on_grid",
     "reconstruction_error",
     "require_finite",
+    "sizes",
 ]
 
 
@@ -88,21 +91,25 @@ class Solver(Protocol):
         needs: what calibration has to yield.
         default_scope: over what the budget of an unstructured pattern is kept, as the solver's paper has it.
         stand_in: name of a quicker solver whose solutions are alike, where many are only compared; "" for none.
+        output: the most that it can use of what the model's output feels of a linear's errors.
+        default_output: what of it is used unless told.
     """
 
     needs: ClassVar[Needs]
     default_scope: ClassVar[Scope]
     stand_in: ClassVar[str] = ""
+    output: ClassVar[Factor] = "none"
+    default_output: ClassVar[Factor] = "none"
 
-    def work(self, out: int, width: int) -> Work:
+    def work(self, out: int, width: int, output: Factor = "none") -> Work:
         """What a solve of a weight `[out, width]` costs: a column loop, and the factor and inverse of the Hessian."""
         return Work(tall=3.0, square=3.0)
 
-    def rounding(self, out: int, width: int) -> Work:
+    def rounding(self, out: int, width: int, output: Factor = "none") -> Work:
         """What a grid adds to a solve: the search for scales, measured."""
         return Work(tall=0.0, square=0.0, passes=700.0)
 
-    def workspace(self, out: int, width: int) -> int:
+    def workspace(self, out: int, width: int, output: Factor = "none") -> int:
         """Bytes for a weight `[out, width]` beside its stored copy and its Hessian."""
         return 32 * out * width + (8 * width * width if self.needs == "hessian" else 0)
 
@@ -122,25 +129,33 @@ class Solver(Protocol):
         sparsity: float,
         prepared: Any = None,
         grid: Grid | None = None,
+        output: OutputFactor | None = None,
     ) -> Solution:
         """Prune one weight to `sparsity` (n:m: to what the pattern says), its survivors on `grid` where one is given.
 
         Args:
             W_OI: `[out, in]` float32.
             prepared: what `prepare` made of these statistics, if it was asked already.
+            output: what the model's output feels of errors, as much of it as is to be used; None: all alike.
 
         Raises:
-            NumericalError: a weight, or what was seen of the inputs, is not finite.
+            NumericalError: a weight, what was seen of the inputs, or what the output feels, is not finite.
         """
         require_finite(W_OI, "weight")
         shared = self.prepare(statistics) if prepared is None else prepared
-        solution = self.solved(W_OI, shared, pattern, sparsity, grid)
+        solution = self.solved(W_OI, shared, pattern, sparsity, grid, output)
         return (
             solution if grid is None or solution.scales is not None else on_grid(solution, grid, statistics)
         )
 
     def solved(
-        self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float, grid: Grid | None
+        self,
+        W_OI: Tensor,
+        shared: Any,
+        pattern: Pattern,
+        sparsity: float,
+        grid: Grid | None,
+        output: OutputFactor | None,
     ) -> Solution:
         """`solve` for a finite weight and what `prepare` made. A solver that knows no grid is rounded afterwards."""
         ...
@@ -149,17 +164,28 @@ class Solver(Protocol):
 class MaskSolver(Solver, Protocol):
     """A solver that chooses weights and leaves the others as they are; a new one needs `prepare` and `keep`."""
 
-    def workspace(self, out: int, width: int) -> int:
+    output: ClassVar[Factor] = "rows"
+
+    def workspace(self, out: int, width: int, output: Factor = "none") -> int:
         return 20 * out * width  # measured, what judges the result included
 
     def solved(
-        self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float, grid: Grid | None
+        self,
+        W_OI: Tensor,
+        shared: Any,
+        pattern: Pattern,
+        sparsity: float,
+        grid: Grid | None,
+        output: OutputFactor | None,
     ) -> Solution:
-        keep_OI = self.keep(W_OI, shared, pattern, sparsity)
+        root_O = row_roots(output, pattern, self.default_scope)
+        keep_OI = self.keep(W_OI, shared, pattern, sparsity, root_O)
         return Solution(masked(W_OI, keep_OI), keep_OI)
 
-    def keep(self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float) -> Tensor:
-        """[out, in] bool: the weights that stay."""
+    def keep(
+        self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float, root_O: Tensor | None
+    ) -> Tensor:
+        """[out, in] bool: the weights that stay, scores of rows weighed by `root_O` where it is given."""
         ...
 
 
@@ -176,6 +202,8 @@ class BlockSolver(Protocol):
 
     needs: ClassVar[Needs] = "none"
     compares: ClassVar[Literal["block", "logits"]]
+    output: ClassVar[Factor] = "none"
+    default_output: ClassVar[Factor] = "none"
 
     @property
     def tokens(self) -> int:
@@ -187,15 +215,15 @@ class BlockSolver(Protocol):
         """How many blocks, those that came off best, are compared anew after each one that left; 0: all are taken by one look."""
         return 0
 
-    def work(self, out: int, width: int) -> Work:
+    def work(self, out: int, width: int, output: Factor = "none") -> Work:
         """Zeros cost nothing."""
         return Work(tall=0.0, square=0.0)
 
-    def rounding(self, out: int, width: int) -> Work:
+    def rounding(self, out: int, width: int, output: Factor = "none") -> Work:
         """No survivor is rounded."""
         return Work(tall=0.0, square=0.0)
 
-    def workspace(self, out: int, width: int) -> int:
+    def workspace(self, out: int, width: int, output: Factor = "none") -> int:
         """Bytes to remove a linear, beside its stored copy."""
         return 8 * out * width
 
@@ -210,6 +238,11 @@ def require_finite(values: Tensor, what: str) -> None:
     if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         raise NumericalError(f"{bad} of {values.numel()} numbers of the {what} are NaN or infinite")
+
+
+def sizes(W_OI: Tensor, root_O: Tensor | None) -> Tensor:
+    """|W|, each row weighed by its root, if there are any."""
+    return W_OI.abs() if root_O is None else W_OI.abs().mul_(root_O[:, None])
 
 
 def masked(W_OI: Tensor, keep_OI: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tawny.patterns import Pattern, Scope
-from tawny.solvers.base import MaskSolver, Needs, keep_highest, require_finite
+from tawny.solvers.base import MaskSolver, Needs, keep_highest, require_finite, sizes
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
+from tawny.solvers.output import roots
 
 __all__ = ["Magnitude"]
 
@@ -32,14 +33,16 @@ class Magnitude(MaskSolver, MemberSolver):
     default_scope: ClassVar[Scope] = "matrix"
     looks_at_rows: ClassVar[bool] = False
 
-    def keep(self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float) -> Tensor:
+    def keep(
+        self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float, root_O: Tensor | None
+    ) -> Tensor:
         # Zeros need no special care here: |0| is the lowest score there is.
-        return keep_highest(W_OI.abs(), pattern, sparsity, self.default_scope)
+        return keep_highest(sizes(W_OI, root_O), pattern, sparsity, self.default_scope)
 
     def choose(self, coupled: Coupled, removed: int) -> Chosen:
         """Members of the lowest sums of |W| go, over all their rows and columns."""
         require_finite(coupled.weight, "weight")
-        scores_G = column_sums_of(coupled.weight.abs(), coupled.columns)
+        scores_G = column_sums_of(sizes(coupled.weight, roots(coupled.output)), coupled.columns)
         for producer in coupled.producers:
             require_finite(producer.weight, "weight")
             scores_G += producer.weight.abs().sum(1, dtype=torch.float64)[producer.rows].sum(1)

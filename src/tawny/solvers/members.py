@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from tawny.calibration.output import Factor, OutputFactor
 from tawny.calibration.statistics import Needs
 from tawny.errors import NumericalError
 from tawny.solvers.base import Seen, Work
@@ -41,6 +42,7 @@ class Coupled:
     columns: Tensor  # [G, C] int64
     producers: Sequence[Producer]
     biased: bool = False  # whether the consumer has a bias
+    output: OutputFactor | None = None  # what the model's output feels of errors of the consumer
 
 
 @dataclass
@@ -59,21 +61,25 @@ class MemberSolver(Protocol):
     Attributes:
         needs: what calibration has to yield of the consumer's inputs.
         looks_at_rows: the same of the producers' inputs is needed, too.
+        output: the most that it can use of what the model's output feels of the consumer's errors.
+        default_output: what of it is used unless told.
     """
 
     needs: ClassVar[Needs]
     looks_at_rows: ClassVar[bool]
+    output: ClassVar[Factor] = "none"
+    default_output: ClassVar[Factor] = "none"
 
     @property
     def wants_bias(self) -> bool:
         """Whether a consumer without a bias is given one, where the model's configuration can say so."""
         return False
 
-    def work(self, out: int, width: int) -> Work:
+    def work(self, out: int, width: int, output: Factor = "none") -> Work:
         """What choosing for a consumer `[out, width]` costs: a factor and an inverse of the consumer's Hessian, and its new weight."""
         return Work(tall=2.0, square=3.0)
 
-    def workspace(self, out: int, width: int) -> int:
+    def workspace(self, out: int, width: int, output: Factor = "none") -> int:
         """Bytes for a consumer `[out, width]` beside its stored copy and its Hessian."""
         return 20 * out * width + (12 * width * width if self.needs == "hessian" else 0)
 

@@ -49,11 +49,15 @@ class RIA(MaskSolver):
     def prepare(self, statistics: Seen) -> Any:
         return input_norms(statistics).pow_(self.a)
 
-    def keep(self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float) -> Tensor:
+    def keep(
+        self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float, root_O: Tensor | None
+    ) -> Tensor:
         size_OI = W_OI.abs()
         # Only rows and columns of zeros have no sum, and their weights' scores are set below.
         shares_I, shares_O = 1 / size_OI.sum(0).clamp_(min=1e-38), 1 / size_OI.sum(1).clamp_(min=1e-38)
         scores_OI = size_OI.mul_(shares_I + shares_O[:, None])
+        if root_O is not None:
+            scores_OI.mul_(root_O[:, None])
         silent_I = shared == 0
         if silent_I.any():  # inputs that never fire: first of all, and by their shares among themselves
             scores_OI[:, silent_I] = -1 / scores_OI[:, silent_I]

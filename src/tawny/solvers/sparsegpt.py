@@ -31,6 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tawny.calibration.output import Factor, OutputFactor
 from tawny.errors import check_option
 from tawny.patterns import (
     NM,
@@ -46,8 +47,9 @@ from tawny.patterns import (
 from tawny.solvers.base import Columns, Damp, Needs, Seen, Solution, Solver, input_hessian, require_finite
 from tawny.solvers.grid import Grid, Rounding, best_scales, kept_on_grid
 from tawny.solvers.inverse import with_damping
+from tawny.solvers.output import row_roots
 
-__all__ = ["Factor", "SparseGPT"]
+__all__ = ["SparseGPT", "Swept"]
 
 _PANEL = 128  # rows of Rᵀ that are factorised at a time
 _DIGITS = 1e-3  # an error that is a smaller part of the damped one is not worth taking from it
@@ -55,7 +57,7 @@ _STEP = 16  # columns that are corrected by matrix-vector products before the ne
 
 
 @dataclass(frozen=True)
-class Factor:
+class Swept:
     """What a sweep needs of a Hessian; shared by the linears that share their input."""
 
     RT_II: Tensor  # Rᵀ; only its lower triangle means anything
@@ -82,8 +84,9 @@ class SparseGPT(Solver):
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
+    output: ClassVar[Factor] = "rows"
 
-    def workspace(self, out: int, width: int) -> int:
+    def workspace(self, out: int, width: int, output: Factor = "none") -> int:
         return 29 * out * width + 4 * width * width  # measured, what judges the result included
 
     def check_grid(self, pattern: Pattern, grid: Grid, width: int) -> None:
@@ -93,7 +96,7 @@ class SparseGPT(Solver):
             whole = f"an m that divides {columns}, the columns that share a scale"
             check_option(columns % pattern.m == 0, "pattern", f"{pattern.n}:{pattern.m}", whole)
 
-    def prepare(self, statistics: Seen) -> Factor:
+    def prepare(self, statistics: Seen) -> Swept:
         """Factorise the damped Hessian, with more damping where it is needed."""
         hessian_II = input_hessian(statistics)
         energy_I = hessian_II.diagonal().float()
@@ -101,24 +104,31 @@ class SparseGPT(Solver):
         # A matrix of zeros (an expert that saw no token) still needs a diagonal; any value serves.
         mean = float(energy_I.mean()) or 1.0
 
-        def attempt(damp: float) -> Factor | None:
+        def attempt(damp: float) -> Swept | None:
             H_II = hessian_II.to(torch.float32, copy=True)
             added_I = torch.full_like(energy_I, damp * mean).add_(dead_I, alpha=mean)
             H_II.diagonal().add_(added_I)
             RT_II = _factorise(H_II)
             if RT_II is None:
                 return None
-            return Factor(RT_II, RT_II.diagonal().clone(), added_I, dead_I, bool(dead_I.any()), damp)
+            return Swept(RT_II, RT_II.diagonal().clone(), added_I, dead_I, bool(dead_I.any()), damp)
 
         return with_damping(self.damp, len(hessian_II), attempt)
 
     def solved(
-        self, W_OI: Tensor, shared: Factor, pattern: Pattern, sparsity: float, grid: Grid | None
+        self,
+        W_OI: Tensor,
+        shared: Swept,
+        pattern: Pattern,
+        sparsity: float,
+        grid: Grid | None,
+        output: OutputFactor | None,
     ) -> Solution:
         notes: dict[str, float | int | str] = {"damp": shared.damp, "dead_inputs": int(shared.dead_I.sum())}
         columns = self.group if grid is None or grid.group is None else min(grid.group, W_OI.shape[1])
         if grid is not None:
             self.check_grid(pattern, grid, W_OI.shape[1])
+        root_O = row_roots(output, pattern, self.default_scope)
         if isinstance(pattern, NM):
             quota = None
         else:
@@ -127,20 +137,24 @@ class SparseGPT(Solver):
             if removed == 0 and grid is None:
                 return Solution(W_OI.clone(), torch.ones_like(W_OI, dtype=torch.bool), notes, 0.0)
             quota = _quotas(W_OI, shared.dead_I, pattern, removed, columns)
-        weight_OI, keep_OI, lost, scales_OS = self._sweep(W_OI, shared, pattern, quota, columns, grid)
+        swept = self._sweep(W_OI, shared, pattern, quota, root_O, columns, grid)
+        weight_OI, keep_OI, lost, scales_OS = swept
         require_finite(weight_OI, "pruned weight")
         return Solution(weight_OI, keep_OI, notes, lost, scales_OS)
 
     def _sweep(
         self,
         W_OI: Tensor,
-        factor: Factor,
+        factor: Swept,
         pattern: Pattern,
         quota: Tensor | None,
+        root_O: Tensor | None,
         group: int,
         grid: Grid | None,
     ) -> tuple[Tensor, Tensor, float | None, Tensor | None]:
         """Walk the columns once; `quota` [groups, rows or 1] is what each group removes, None for n:m.
+
+        Scores of the whole matrix are weighed by `root_O`: as if each row of W was scaled before the sweep, and back after it.
 
         With a grid, what stays is rounded when its turn comes, and its error is spread like that of what goes; with nothing
         to remove this is GPTQ (2210.17323). Scales are chosen when the first of their columns is reached, with columns
@@ -172,7 +186,7 @@ class SparseGPT(Solver):
             bench.load(W_OI[:, start:stop], RT_JI[:, start:stop])
             bench.update(RT_JI[:, :start], lost_IO[:start])
             if quota is not None:
-                scores_JO = _scores(bench.V_JO, bench.W_JO if has_zeros else None, factor, start)
+                scores_JO = _scores(bench.V_JO, bench.W_JO if has_zeros else None, factor, start, root_O)
                 bench.keep(slice(None), _choose(scores_JO, quota[start // group]))
             if grid is not None:
                 if quota is None:  # a first guess at the mask; the true one comes with each m columns
@@ -302,13 +316,18 @@ def _factorise(H_II: Tensor) -> Tensor | None:
     return H_II
 
 
-def _scores(V_JO: Tensor, W_JO: Tensor | None, factor: Factor, start: int) -> Tensor:
-    """|v|/U_jj; below every live score the weights of dead inputs by magnitude, and below these the zeros of W."""
+def _scores(
+    V_JO: Tensor, W_JO: Tensor | None, factor: Swept, start: int, root_O: Tensor | None = None
+) -> Tensor:
+    """|v|/U_jj, weighed by `root_O`; below every live score the weights of dead inputs by magnitude, and below these the zeros of W."""
     here = slice(start, start + len(V_JO))
     scores_JO = V_JO.abs().mul_(factor.diagonal_I[here, None])
+    if root_O is not None:
+        scores_JO.mul_(root_O)
     if factor.any_dead:
         dead_J = factor.dead_I[here]
-        scores_JO[dead_J] = -1 / V_JO[dead_J].abs()
+        size_JO = V_JO[dead_J].abs()
+        scores_JO[dead_J] = -1 / (size_JO if root_O is None else size_JO.mul_(root_O))
     return scores_JO if W_JO is None else zeros_first(scores_JO, W_JO)
 
 

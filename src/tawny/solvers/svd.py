@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tawny.calibration.output import OutputFactor
 from tawny.errors import NumericalError
 from tawny.patterns import Pattern, Scope
 from tawny.solvers.base import Damp, Needs, Seen, Solution, Solver, input_hessian
@@ -54,7 +55,13 @@ class Svd(Solver):
         return L_II
 
     def solved(
-        self, W_OI: Tensor, shared: Tensor, pattern: Pattern, sparsity: float, grid: Grid | None
+        self,
+        W_OI: Tensor,
+        shared: Tensor,
+        pattern: Pattern,
+        sparsity: float,
+        grid: Grid | None,
+        output: OutputFactor | None,
     ) -> Solution:
         """The weight of rank r = (1 − sparsity)·out·in / (out + in), at least 1."""
         out, width = W_OI.shape

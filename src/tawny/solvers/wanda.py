@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tawny.patterns import Pattern, Scope, Unstructured, keep_mask_rows, zeros_first
-from tawny.solvers.base import MaskSolver, Needs, Seen, input_norms, keep_highest, require_finite
+from tawny.solvers.base import MaskSolver, Needs, Seen, input_norms, keep_highest, require_finite, sizes
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
+from tawny.solvers.output import roots
 
 __all__ = ["Wanda"]
 
@@ -41,21 +42,24 @@ class Wanda(MaskSolver, MemberSolver):
     def prepare(self, statistics: Seen) -> Any:
         return input_norms(statistics)
 
-    def keep(self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float) -> Tensor:
-        scores_OI = W_OI.abs().mul_(shared)
+    def keep(
+        self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float, root_O: Tensor | None
+    ) -> Tensor:
+        scores_OI = sizes(W_OI, root_O).mul_(shared)
         if self.compat == "official" and pattern in (Unstructured(), Unstructured("row")):
             rows, width = W_OI.shape
             return keep_mask_rows(scores_OI, torch.full((rows,), min(width, int(width * sparsity))))
         silent_I = shared == 0
         if silent_I.any():  # inputs that never fire: first of all, and by magnitude among themselves
-            scores_OI[:, silent_I] = -1 / W_OI[:, silent_I].abs()
+            scores_OI[:, silent_I] = -1 / sizes(W_OI[:, silent_I], root_O)
         zeros_first(scores_OI, W_OI)
         return keep_highest(scores_OI, pattern, sparsity, self.default_scope)
 
     def choose(self, coupled: Coupled, removed: int) -> Chosen:
         """Members of the lowest sums of scores go, over all their rows and columns."""
         require_finite(coupled.weight, "weight")
-        scores_G = column_sums_of(coupled.weight.abs().mul_(input_norms(coupled.seen)), coupled.columns)
+        size_OI = sizes(coupled.weight, roots(coupled.output))
+        scores_G = column_sums_of(size_OI.mul_(input_norms(coupled.seen)), coupled.columns)
         for producer in coupled.producers:
             require_finite(producer.weight, "weight")
             rows_O = (producer.weight.abs() @ input_norms(producer.seen)).double()

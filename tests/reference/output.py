@@ -1,0 +1,32 @@
+"""Factors of outputs as a model has them, and slow twins of what takes both factors: by the Kronecker product, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from tawny.calibration.output import OutputFactor
+
+
+def lifelike_output(
+    out: int, tokens: int = 4096, seed: int = 0, scale: float = 1.0, blocks: int = 1
+) -> OutputFactor:
+    """G of correlated gradients, some outputs much louder than others, by so many diagonal blocks (0: its diagonal alone)."""
+    dice = torch.Generator().manual_seed(seed)
+    rank = max(1, out // 3)
+    g = torch.randn(tokens, rank, generator=dice) @ torch.randn(rank, out, generator=dice) / rank**0.5
+    g += 0.3 * torch.randn(tokens, out, generator=dice)
+    g *= scale**0.5 * torch.exp(0.7 * torch.randn(out, generator=dice))
+    G = g.T @ g / tokens
+    edges = [out * place // max(blocks, 1) for place in range(blocks + 1)]
+    parts = tuple(G[a:b, a:b].clone() for a, b in itertools.pairwise(edges))
+    return OutputFactor(tokens, G.diagonal().clone(), parts)
+
+
+def damped_exactly(G: OutputFactor, damp: float = 0.05) -> Tensor:
+    """[out, out] float64: the diagonal blocks of G over its mean, with its damping."""
+    share = damp * (1 + len(G.diagonal) / G.tokens)
+    dense = torch.block_diag(*G.blocks) if G.blocks else torch.diag(G.diagonal)
+    return dense.double() / float(G.diagonal.mean()) + share * torch.eye(len(dense), dtype=torch.float64)
