@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tawny.errors import ModelError
 from tawny.model.stack import live_stack
 from tawny.model.streams import Samples, Stream
 from tawny.packed.opening import open_stack
@@ -15,7 +17,7 @@ from tawny.run import journal as journal_module
 from tawny.run.journal import Journal
 from tawny.run.ranks import Ranks
 from tawny.run.run import Clock, Run
-from tawny.run.walk import Advance, Visitor, walk
+from tawny.run.walk import Advance, Visitor, walk, walk_back
 from tests.tiny import tiny_model, tokens
 
 
@@ -118,3 +120,89 @@ def test_a_phase_is_told_block_by_block_and_a_walk_without_one_adds_its_steps_to
     walk(Run.unkept(progress), stack, {}, [], phase="looking")
     walk(Run.unkept(progress), stack, {}, [])
     assert progress.lines == [("looking", len(stack)), *names, *names]
+
+
+class Gradients(Visitor):
+    """Remembers the gradient in front of every block."""
+
+    def __init__(self, fails=None):
+        self.seen, self.fails = {}, fails
+
+    def begin(self, kept):
+        self.seen = dict(kept.get("seen", {}))
+
+    @contextmanager
+    def around(self, block):
+        if block.index == self.fails:
+            raise KeyError
+        yield
+
+    def visit(self, block):
+        self.seen[str(block.index)] = [hidden.tolist() for hidden in block.streams["back"].hidden]
+
+    def keep(self, blocks):
+        assert len(self.seen) == blocks
+        return {"seen": self.seen}
+
+
+def weights_of(hidden):
+    return torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
+
+
+def back(run, stack, visitor):
+    given = Samples(tokens())
+    walk_back(
+        run,
+        stack,
+        given,
+        [visitor],
+        end=lambda stream, chunk: weights_of(stream.hidden[chunk]),
+        name="back",
+        phase="asking",
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "qwen3_moe"])
+def test_a_walk_back_gives_the_gradients_that_the_whole_model_does(family):
+    model = tiny_model(family).eval()
+    stack, visitor = live_stack(model), Gradients()
+    back(Run.unkept(silent), stack, visitor)
+    stream = Stream(stack, Samples(tokens()))
+    entering = [stream.hidden[0].clone().requires_grad_()]
+    with torch.enable_grad():
+        for index in range(len(stack)):
+            entering.append(stack.differentiable(index, entering[-1], stream.call(index, 0)))
+        expected = torch.autograd.grad((entering[-1] * weights_of(entering[-1])).sum(), entering[:-1])
+    for index, gradient in enumerate(expected):
+        torch.testing.assert_close(torch.tensor(visitor.seen[str(index)][0]), gradient, rtol=1e-4, atol=1e-6)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_walk_back_that_failed_goes_on_as_one_that_did_not(fails, spilled, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "SHARE", float("inf"))  # every block is committed
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    seen = {}
+    for name, wrong in (("whole", [None]), ("continued", [fails, None, None])):
+        for each in wrong:
+            run, visitor = kept_run(tmp_path / name), Gradients(each)
+            hidden = tmp_path / name / "steps" / "hidden"
+            run = replace(run, hidden=hidden if spilled else None)
+            hidden.mkdir(parents=True, exist_ok=True)
+            stack = open_stack(tmp_path / "model", torch.float32)
+            if each is not None:
+                with pytest.raises(KeyError):
+                    back(run, stack, visitor)
+            else:
+                back(run, stack, visitor)
+        seen[name] = visitor.seen
+        assert list(hidden.iterdir()) == []
+    assert seen["whole"] == seen["continued"] and len(seen["whole"]) == 3
+
+
+def test_a_block_without_a_gradient_is_refused_in_one_line():
+    with torch.inference_mode():
+        model = tiny_model("llama").eval()
+    with pytest.raises(ModelError, match=r"has no gradient \(.*\); leave out .* \(-o output=none\)"):
+        back(Run.unkept(silent), live_stack(model), Gradients())

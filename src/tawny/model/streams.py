@@ -308,6 +308,16 @@ class Stream:
         if chunk == len(self.slices) - 1:
             self.depth = index + 1
 
+    def kept(self, spill: Path | None) -> Sequence[Tensor]:
+        """The hidden states where they stand now, which stay when the stream goes on; in a file named after `spill`, if given."""
+        if spill is None:
+            return list(self.hidden)
+        rows = [part.stop - part.start for part in self.slices]
+        copy = OnDisk(spill, rows, self.stack.device, self.depth, None)
+        for chunk, hidden in enumerate(self.hidden):
+            copy[chunk] = hidden
+        return copy
+
     def check_weights(self, index: int) -> None:
         """Name what makes the outputs of block `index`, which must be loaded, not finite, where that is a weight of it.
 

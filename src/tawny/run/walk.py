@@ -1,4 +1,4 @@
-"""The one loop over the blocks of a model: load each, let visitors work on it, keep what is finished, drop it.
+"""The one loop over the blocks of a model, forward or backward: load each, let visitors work on it, keep what is finished, drop it.
 
 What is done at a block is said by visitors: they observe, solve, train, measure or write it, in the order they are given in.
 A walk promises:
@@ -11,15 +11,20 @@ A walk promises:
 
 from __future__ import annotations
 
-__all__ = ["Advance", "Block", "Visitor", "walk"]
+__all__ = ["Advance", "Block", "Visitor", "walk", "walk_back"]
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, final
 
-from tawny.model.stack import Stack
-from tawny.model.streams import Samples, Stream
+import torch
+from torch import Tensor
+
+from tawny.errors import ModelError, NumericalError, first_line
+from tawny.model.stack import Call, Stack
+from tawny.model.streams import OnDisk, Samples, Stream
+from tawny.run.journal import Journal
 from tawny.run.run import Run
 
 
@@ -113,20 +118,140 @@ def walk(
         run.progress.phase(phase, count - done)
     for index in range(done, count):
         wanted = ends if index == count - 1 else samples
-        with ExitStack() as leaving:
-            with run.clock("read"):
-                stack.load(index)
-            leaving.callback(stack.release, index)
-            block = Block(run, stack, index, streams, wanted)
-            for visitor in visitors:
-                leaving.enter_context(visitor.around(block))
-            for visitor in visitors:
-                visitor.visit(block)
+        with _at(Block(run, stack, index, streams, wanted), visitors):
+            pass
         if index == count - 1 or run.journal.due():
             with run.clock("write"):
                 _commit(run, name, index + 1, visitors, {key: streams[key] for key in wanted})
         run.progress.step(stack.name(index))
     return streams
+
+
+def walk_back(
+    run: Run,
+    stack: Stack,
+    samples: Samples,
+    visitors: Sequence[Visitor],
+    *,
+    end: Callable[[Stream, int], Tensor],
+    name: str,
+    phase: str,
+) -> None:
+    """Let the visitors see every block from last to first, while the gradient of what `end` says runs back through it.
+
+    The samples go forward once, and what enters each block is kept, in memory or on disk. A visitor sets hooks `around` a block,
+    and takes what these saw when it visits. Weights get no gradients.
+
+    Args:
+        end: the gradient `[batch, positions, hidden]` at the last block's outputs, of a chunk of the stream that holds these.
+        name: what the journal calls this walk, and what its samples are called.
+
+    Raises:
+        ModelError: a block has no gradient.
+        NumericalError: a gradient is not finite.
+    """
+    done, kept = run.journal.walk(name)
+    for visitor in visitors:
+        visitor.begin(kept)
+    left = len(stack) - done
+    if not left:
+        return
+    entering = _Entering(name, left)
+    forward = replace(run, journal=Journal(None))
+    there = [entering, Advance(name)]
+    stream = walk(
+        forward,
+        stack,
+        {name: samples},
+        there,
+        name=name,
+        phase=f"{phase}: forward",
+        ends={name},
+        drop_outside=True,
+    )[name]
+    if done:
+        stream = Stream(stack, run.ranks.part(samples), depth=left, saved=run.journal.hidden(name, name))
+    else:
+        run.progress.phase(f"{phase}: head", len(stream), "chunks")
+        for chunk in range(len(stream)):
+            with run.clock("backward"):
+                stream.hidden[chunk] = _finite(end(stream, chunk), "the model's head")
+            run.progress.step(f"chunk {chunk}")
+        if stream.walks_alone:
+            stack.forget_outside()
+    run.progress.phase(f"{phase}: backward", left)
+    for index in reversed(range(left)):
+        with _at(Block(run, stack, index, {name: stream}, {name}), visitors), run.clock("backward"):
+            for chunk, hidden in enumerate(entering.of[index]):
+                felt = _back(stack, index, hidden, stream.call(index, chunk), stream.hidden[chunk])
+                stream.hidden[chunk] = _finite(felt, stack.name(index))
+        stream.depth = index
+        entering.drop(index)
+        if index == 0 or run.journal.due():
+            with run.clock("write"):
+                _commit(run, name, len(stack) - index, visitors, {name: stream} if index else {})
+        run.progress.step(stack.name(index))
+
+
+@final
+class _Entering(Visitor):
+    """Keeps what enters each of the first blocks."""
+
+    def __init__(self, name: str, blocks: int) -> None:
+        self.name, self.blocks = name, blocks
+        self.of: list[Sequence[Tensor]] = []
+
+    def visit(self, block: Block) -> None:
+        if block.index < self.blocks:
+            spill = block.run.spill(self.name, f"entering{block.index}")
+            self.of.append(block.streams[self.name].kept(spill))
+
+    def drop(self, index: int) -> None:
+        hidden = self.of.pop(index)
+        if isinstance(hidden, OnDisk) and hidden.path is not None:
+            hidden.path.unlink(missing_ok=True)
+
+
+def _back(stack: Stack, index: int, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
+    """The gradient at the inputs of a block from that at its outputs."""
+    leaf = hidden.detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            output = stack.differentiable(
+                index, leaf.clone(), call
+            )  # a copy, which a block may change in place
+        (felt,) = torch.autograd.grad(output, leaf, gradient.to(output.dtype))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ModelError(
+            f"{stack.name(index)} of {type(stack.model).__name__} has no gradient ({first_line(error)}); leave out what the "
+            "output feels (-o output=none)"
+        ) from error
+    return felt
+
+
+def _finite(gradient: Tensor, where: str) -> Tensor:
+    if not bool(torch.isfinite(gradient.sum(dtype=torch.float32))):
+        raise NumericalError(
+            f"the gradient before {where} is NaN or infinite; try compute=float32, or output=none"
+        )
+    return gradient
+
+
+@contextmanager
+def _at(block: Block, visitors: Sequence[Visitor]) -> Iterator[None]:
+    """One block, loaded; inside, what is around it has begun, and at the end it is visited."""
+    run, stack, index = block.run, block.stack, block.index
+    with ExitStack() as leaving:
+        with run.clock("read"):
+            stack.load(index)
+        leaving.callback(stack.release, index)
+        for visitor in visitors:
+            leaving.enter_context(visitor.around(block))
+        yield
+        for visitor in visitors:
+            visitor.visit(block)
 
 
 def _commit(
