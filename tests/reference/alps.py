@@ -12,14 +12,26 @@ from tests.reference.grid import held, rounded, scales
 
 
 def admm_mask(
-    W_OI: Tensor, H_II: Tensor, removed: int, damp: float = 0.01, rho: float = 0.1, most: int = 300
+    W_OI: Tensor,
+    H_II: Tensor,
+    removed: int,
+    damp: float = 0.01,
+    rho: float = 0.1,
+    most: int = 300,
+    G_OO: Tensor | None = None,
 ) -> Tensor:
     H = H_II.double()
     H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
     scale = H.diagonal().sqrt()
     H = H / scale[:, None] / scale[None, :]
     W = (W_OI.double() * scale).T.contiguous()  # [in, out], as in the paper
-    eye = torch.eye(len(H), dtype=torch.float64)
+    G = torch.eye(len(W_OI), dtype=torch.float64)
+    if G_OO is not None:  # of its damping
+        root = G_OO.double().diagonal().sqrt()
+        G = G_OO.double() / root[:, None] / root
+        W = W * root
+    both = torch.kron(H, G) if G_OO is not None else H
+    eye = torch.eye(len(both), dtype=torch.float64)
 
     def project(A: Tensor) -> Tensor:
         kept = A.abs().flatten().argsort(descending=True, stable=True)[: A.numel() - removed]
@@ -31,7 +43,8 @@ def admm_mask(
     first = project(W)
     D, V, support, grown = first, torch.zeros_like(W), first != 0, False
     for iteration in range(1, most + 1):
-        B = torch.linalg.solve(H + rho * eye, H @ W - V + rho * D)
+        right = H @ W @ G - V + rho * D
+        B = torch.linalg.solve(both + rho * eye, right.reshape(len(both), -1)).view_as(W)
         D = project(B + V / rho)
         V = V + rho * (B - D)
         if iteration % 3:

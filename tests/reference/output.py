@@ -30,3 +30,19 @@ def damped_exactly(G: OutputFactor, damp: float = 0.05) -> Tensor:
     share = damp * (1 + len(G.diagonal) / G.tokens)
     dense = torch.block_diag(*G.blocks) if G.blocks else torch.diag(G.diagonal)
     return dense.double() / float(G.diagonal.mean()) + share * torch.eye(len(dense), dtype=torch.float64)
+
+
+def refit_exactly(W_OI: Tensor, mask_OI: Tensor, H_II: Tensor, G_OO: Tensor, damp: float = 0.01) -> Tensor:
+    """The best survivors of a mask by tr(G(W − Ŵ)(H + λI)(W − Ŵ)ᵀ), all of them by one solve."""
+    H = H_II.double()
+    both = torch.kron(G_OO.double(), H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64))
+    kept = (mask_OI & (W_OI != 0)).flatten().nonzero()[:, 0]
+    result = torch.zeros(W_OI.numel(), dtype=torch.float64)
+    result[kept] = torch.linalg.solve(both[kept][:, kept], both[kept] @ W_OI.double().flatten())
+    return result.view(W_OI.shape)
+
+
+def felt(W_OI: Tensor, other_OI: Tensor, H_II: Tensor, G_OO: Tensor) -> float:
+    """tr(G(W − Ŵ)H(W − Ŵ)ᵀ)."""
+    D = W_OI.double() - other_OI.double()
+    return float((G_OO.double() @ D @ H_II.double() * D).sum())

@@ -31,6 +31,14 @@ With a grid the mask is found first, as without one. Then the same iteration sta
 mask kept and D the nearest point of the grid to T (`_rounded`); where nothing is removed that is all there is. Rows are
 independent then, and each keeps its best of the last iterates.
 
+Where it is known what the model's output feels of errors (output.py), rows are scaled, too, so that diag(G) = 1. Of its rows
+alone that is all: it moves the threshold of a matrix. Of the whole G the objective is tr(Gn(W − B)Hn(W − B)ᵀ), and
+
+    S = (Gn ⊗ Hn + ρI)⁻¹(ρ(D − W) − V)
+
+in the eigenbases of both (eigenbases.py), a diagonal block of G at a time. Nothing else changes but the refit, and that on a
+grid all rows of a block keep the same iterate. Where a weight is wider than such a basis, rows find the mask, and the whole refits it.
+
 Promises: the exact budget in every scope and n:m; weights that are already zero go first and stay zero.
 
 Shapes: O = out, I = in, R and C = rows of a chunk, P = rows of a part of one.
@@ -38,7 +46,8 @@ Shapes: O = out, I = in, R and C = rows of a chunk, P = rows of a part of one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -46,13 +55,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tawny.calibration.output import Factor, OutputFactor
+from tawny.calibration.output import Factor, OutputFactor, diagonal_blocks
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
-from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, input_hessian
+from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, energy, input_hessian
+from tawny.solvers.eigenbases import WIDEST, Eigenbases
 from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project, refit_scales
 from tawny.solvers.inverse import with_damping
+from tawny.solvers.output import DAMP, Damped, damped
 from tawny.solvers.powers import CACHED, CHUNK, ROWS, SMALLEST_RHO, Scaled, parts, waiting_bytes, wide
 from tawny.solvers.refit import refit
 
@@ -63,6 +74,7 @@ _FARTHEST = 0.45  # a threshold that has moved by a larger share is looked for e
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
 # With a grid ρ grows every sixth step, whatever happens, and is never so large that it needs a third exact inverse.
 _GRID_RHO, _GRID_GROWTH, _GRID_STEPS = 0.2, 1.35, 36
+_EIGENBASIS = 12.0  # products of as large matrices that it takes as long as
 _GRID_CHECK = 6  # steps between two looks at what is lost, in the second half
 
 
@@ -86,13 +98,28 @@ class Alps(Solver):
     rho: Annotated[float, Field(ge=1e-6, le=1e6, description="a number in [1e-6, 1e6], such as 0.1")] = 0.1
     iterations: Steps = 300
     steps: Steps = 4  # of conjugate gradients; the paper's 10 lower the loss by another 0.01 %
+    output_damp: Annotated[
+        float, Field(ge=1e-6, le=1e6, description="a number in [1e-6, 1e6], such as 0.05")
+    ] = DAMP
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
     stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: a fraction of the time
+    output: ClassVar[Factor] = "whole"
+    default_output: ClassVar[Factor] = "whole"
 
     def work(self, out: int, width: int, output: Factor = "none") -> Work:
-        """A residual; about 33 iterations, four steps, and what lies between; two inverses with powers, or eleven for all ρ."""
+        """A residual; about 33 iterations, four steps, and what lies between; two inverses with powers, or eleven for all ρ.
+
+        By the whole factor: an eigenbasis of H and of each block of G, and four products an iteration.
+        """
+        share = _longest(diagonal_blocks(out)) / width  # what a product with G costs beside one with H
+        if output == "whole" and width <= WIDEST:
+            tall = 2.2 + share + _EIGENBASIS * share**2
+            return Work(tall=tall, square=_EIGENBASIS, rounded=70.0 * (1 + share), passes=450.0)
+        if output == "whole":
+            plain = self.work(out, width)
+            return replace(plain, tall=plain.tall + 1 + share, rounded=plain.rounded + self.steps * share)
         if native_dtype() is torch.bfloat16:
             return Work(tall=1.2, square=1.4, rounded=37.0, rounded_square=6.0, passes=280.0)
         if wide(out, width):
@@ -101,6 +128,9 @@ class Alps(Solver):
 
     def rounding(self, out: int, width: int, output: Factor = "none") -> Work:
         """36 more iterations, in which the grid costs more than a mask does, and looks at what is lost."""
+        if output == "whole" and width <= WIDEST:
+            share = _longest(diagonal_blocks(out)) / width
+            return Work(tall=4 + 3 * share, square=0.0, rounded=72.0 * (1 + share), passes=3000.0)
         if native_dtype() is torch.bfloat16:
             return Work(tall=3.0, square=1.4, rounded=36.0, rounded_square=6.0, passes=2800.0)
         if wide(out, width):
@@ -111,12 +141,17 @@ class Alps(Solver):
         """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured.
 
         Looked for with three copies of the weight and what was seen of it, two chunks, and squares of inputs: for bfloat16
-        two powers, the inverse for this ρ and its copy in a product's order, for float32 the last two.
+        two powers, the inverse for this ρ and its copy in a product's order, for float32 the last two. By the whole factor
+        with its eigenvectors beside that, while some are found, and a refit that ties rows together.
         """
         size = native_dtype().itemsize
         waiting = waiting_bytes(width)
         searching = 13 * out * width + 8 * width**2 + 2 * size * max(CHUNK, ROWS * width)
-        return waiting + max(searching, 28 * out * width + size * width**2)
+        plain = waiting + max(searching, 28 * out * width + size * width**2)
+        if output != "whole":
+            return plain
+        block = _longest(diagonal_blocks(out))
+        return plain + 12 * out * width + size * out * block + 24 * block**2
 
     def prepare(self, statistics: Seen) -> Scaled:
         """Damp and scale the Hessian and factorise it for the first ρ, with more damping where it is needed."""
@@ -140,10 +175,21 @@ class Alps(Solver):
         grid: Grid | None,
         output: OutputFactor | None,
     ) -> Solution:
-        solution = self._pruned(W_OI, shared, pattern, sparsity)
-        return solution if grid is None else self._rounded(W_OI, shared, solution, grid)
+        factor, bases = damped(output, self.output_damp), None
+        if factor is not None and factor.whole and W_OI.shape[1] <= WIDEST:
+            bases = Eigenbases(shared, factor)
+        solution = self._pruned(W_OI, shared, pattern, sparsity, factor, bases)
+        return solution if grid is None else self._rounded(W_OI, shared, solution, grid, bases)
 
-    def _pruned(self, W_OI: Tensor, scaled: Scaled, pattern: Pattern, sparsity: float) -> Solution:
+    def _pruned(
+        self,
+        W_OI: Tensor,
+        scaled: Scaled,
+        pattern: Pattern,
+        sparsity: float,
+        factor: Damped | None,
+        bases: Eigenbases | None,
+    ) -> Solution:
         notes: dict[str, float | int | str] = {"damp": scaled.damp}
         if isinstance(pattern, Unstructured):
             pattern = pattern.with_default(self.default_scope)
@@ -158,13 +204,16 @@ class Alps(Solver):
             return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI, notes)
         kind = _ByThreshold if matrix else _ByMask
         support: _ByThreshold | _ByMask = kind(pattern, removed, zero_OI if zeros else None)
-        T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support)
+        root_O = factor.root_O if factor is not None and (matrix or bases is not None) else None
+        T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support, root_O, bases)
         if support.empty:
             support = _ByMask(pattern, removed, support.zero_OI)
-            T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support)
+            T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support, root_O, bases)
         scaled.forget()  # the refit needs memory of its own
         keep_OI = support.mask(T_OI)
         T_OI /= scaled.scale_I
+        if root_O is not None:
+            T_OI /= root_O[:, None]
         weight_OI, lost = refit(
             W_OI,
             keep_OI,
@@ -173,14 +222,22 @@ class Alps(Solver):
             start=T_OI,
             damp=scaled.damp,
             rounded=True,
+            output=factor,
         )
         return Solution(weight_OI, keep_OI, notes, lost)
 
     def _admm(
-        self, W_OI: Tensor, scaled: Scaled, support: _ByThreshold | _ByMask
+        self,
+        W_OI: Tensor,
+        scaled: Scaled,
+        support: _ByThreshold | _ByMask,
+        root_O: Tensor | None,
+        bases: Eigenbases | None,
     ) -> tuple[Tensor, int, float]:
         """The last T, how many iterations it took and the last ρ."""
         scaled_OI = (W_OI * scaled.scale_I).contiguous()
+        if root_O is not None:
+            scaled_OI *= root_O[:, None]
 
         def first() -> Tensor:  # D = the best of W, V = 0
             T_OI = scaled_OI.clone()
@@ -190,21 +247,21 @@ class Alps(Solver):
             return T_OI
 
         T_OI = first()
-        chunks = parts(T_OI, max(CHUNK, ROWS * T_OI.shape[1]))
-        times_inverse = scaled.times_inverse(self.rho, len(W_OI))
-        scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=scaled.dtype)
+        chunks = _chunks(T_OI, bases)
+        inverses = _inverses(scaled, bases, self.rho, chunks)
+        scratch = T_OI.new_empty((2, _longest(chunks), T_OI.shape[1]), dtype=scaled.dtype)
         survivors = max(support.changes(T_OI), 1)
         rho = before = self.rho
         grown = False
         iteration = 0
         for iteration in range(1, self.iterations + 1):
-            assert times_inverse is not None  # `prepare` has made the first one's factor
+            assert inverses is not None  # `prepare` has made the first one's factor
             support.begin(T_OI)
-            for chunk in chunks:
+            for chunk, times_inverse in zip(chunks, inverses, strict=True):
                 T_CI, W_CI = T_OI[chunk], scaled_OI[chunk]
-                right_CI, step_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
+                right_CI, spare_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
                 support.right(T_CI, W_CI, chunk, rho, before, right_CI)
-                times_inverse(right_CI, step_CI)
+                step_CI = times_inverse(right_CI, spare_CI)
                 support.update(T_CI, W_CI, step_CI, chunk, rho, before)
             support.finish(T_OI)
             before = rho  # V was made with it
@@ -227,13 +284,15 @@ class Alps(Solver):
                     T_OI = first()
                     support.changes(T_OI)
                     before = rho
-            times_inverse = None  # before the next one needs its memory
-            times_inverse = scaled.times_inverse(rho, len(W_OI))
-            if times_inverse is None:
+            inverses = None  # before the next one needs its memory
+            inverses = _inverses(scaled, bases, rho, chunks)
+            if inverses is None:
                 break
         return T_OI, iteration, rho
 
-    def _rounded(self, W_OI: Tensor, scaled: Scaled, solution: Solution, grid: Grid) -> Solution:
+    def _rounded(
+        self, W_OI: Tensor, scaled: Scaled, solution: Solution, grid: Grid, bases: Eigenbases | None
+    ) -> Solution:
         """The survivors on a grid: the same iteration on a mask that stays, D being the nearest point of the grid to T.
 
         Scales follow the iterate: in every step the levels are those nearest by the last scales, and new scales fit them best.
@@ -241,35 +300,44 @@ class Alps(Solver):
         """
         keep_OI = kept_on_grid(W_OI, solution.mask)
         mask_OI = None if bool(keep_OI.all()) else keep_OI
-        scaled_OI = W_OI * scaled.scale_I
+        root_O1 = W_OI.new_ones(len(W_OI), 1) if bases is None else bases.root_O[:, None]
+
+        def scale(values_PI: Tensor, rows: slice, out_PI: Tensor) -> Tensor:
+            torch.mul(values_PI, scaled.scale_I, out=out_PI)
+            return out_PI if bases is None else out_PI.mul_(root_O1[rows])
+
+        scaled_OI = scale(W_OI, slice(None), torch.empty_like(W_OI))
         weights_I = scaled.scale_I.square()
         scales_OS = best_scales(solution.weight, grid, weights_I, mask_OI)
         grid_OI = project(solution.weight, scales_OS, grid, mask_OI)  # D, unscaled
-        T_OI = torch.mul(grid_OI, scaled.scale_I, out=solution.weight)  # whose memory nobody needs any more
+        T_OI = scale(grid_OI, slice(None), solution.weight)  # whose memory nobody needs any more
         best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
-        chunks = parts(T_OI, max(CHUNK, ROWS * T_OI.shape[1]))
+        chunks = _chunks(T_OI, bases)
         rho = before = max(_GRID_RHO, self.rho)
-        times_inverse = scaled.times_inverse(rho, len(W_OI))
-        scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=scaled.dtype)
+        inverses = _inverses(scaled, bases, rho, chunks)
+        scratch = T_OI.new_empty((2, _longest(chunks), T_OI.shape[1]), dtype=scaled.dtype)
         # Fresh memory for each pass would cost as much as the pass.
         spare = torch.empty_like(T_OI[parts(T_OI, CACHED)[0]])
         for step in range(1, _GRID_STEPS + 1):
-            assert times_inverse is not None  # `prepare` has made a factor for a ρ that is no larger
-            for chunk in chunks:
-                right_CI, step_CI = (spare_CI[: chunk.stop - chunk.start] for spare_CI in scratch)
+            assert inverses is not None  # `prepare` has made a factor for a ρ that is no larger
+            for place, chunk in enumerate(chunks):
+                right_CI, spare_CI = (spare_CI[: chunk.stop - chunk.start] for spare_CI in scratch)
                 for part in parts(right_CI, CACHED):
                     here = _within(chunk, part)
                     T_PI, spare_PI = T_OI[here], spare[: part.stop - part.start]
-                    T_PI -= torch.mul(grid_OI[here], scaled.scale_I, out=spare_PI)
+                    T_PI -= scale(grid_OI[here], here, spare_PI)
                     right_CI[part] = spare_PI.sub_(scaled_OI[here]).mul_(rho).sub_(T_PI, alpha=before)
-                times_inverse(right_CI, step_CI)
+                step_CI = inverses[place](right_CI, spare_CI)
                 for part in parts(right_CI, CACHED):
                     here = _within(chunk, part)
                     T_PI, spare_PI = T_OI[here], spare[: part.stop - part.start]
                     spare_PI.copy_(step_CI[part]).add_(scaled_OI[here])
                     torch.add(spare_PI, T_PI, alpha=before / rho, out=T_PI)
+                    torch.div(T_PI, scaled.scale_I, out=spare_PI)
+                    if bases is not None:
+                        spare_PI /= root_O1[here]
                     _, scales_OS[here] = refit_scales(
-                        torch.div(T_PI, scaled.scale_I, out=spare_PI),
+                        spare_PI,
                         scales_OS[here],
                         grid,
                         weights_I,
@@ -278,7 +346,10 @@ class Alps(Solver):
                     )
                 if step % _GRID_CHECK == 0 and step > _GRID_STEPS // 2:
                     gone_CI = W_OI[chunk] - grid_OI[chunk]
-                    now_C = torch.linalg.vecdot(gone_CI @ scaled.hessian_II, gone_CI)
+                    if bases is None:
+                        now_C = torch.linalg.vecdot(gone_CI @ scaled.hessian_II, gone_CI)
+                    else:
+                        now_C = bases.felt(place, gone_CI, scaled.hessian_II).expand(len(gone_CI))
                     better_C = now_C < lost_O[chunk]
                     lost_O[chunk] = torch.where(better_C, now_C, lost_O[chunk])
                     best_OI[chunk] = torch.where(better_C[:, None], grid_OI[chunk], best_OI[chunk])
@@ -286,11 +357,34 @@ class Alps(Solver):
             before = rho
             if step % _GRID_CHECK == 0 and step < _GRID_STEPS:
                 rho *= _GRID_GROWTH
-                times_inverse = None  # before the next one needs its memory
-                times_inverse = scaled.times_inverse(rho, len(W_OI))
+                inverses = None  # before the next one needs its memory
+                inverses = _inverses(scaled, bases, rho, chunks)
         scaled.forget()
-        lost = float(lost_O.sum(dtype=torch.float64))
+        if bases is None:
+            lost = float(lost_O.sum(dtype=torch.float64))
+        else:
+            lost = energy(W_OI - best_OI, scaled.hessian_II)
         return Solution(best_OI, keep_OI, solution.notes, lost, best_OS)
+
+
+def _chunks(T_OI: Tensor, bases: Eigenbases | None) -> list[slice]:
+    """The rows that a product takes at once."""
+    return parts(T_OI, max(CHUNK, ROWS * T_OI.shape[1])) if bases is None else bases.places
+
+
+def _longest(chunks: list[slice]) -> int:
+    rows: int = max(chunk.stop - chunk.start for chunk in chunks)
+    return rows
+
+
+def _inverses(
+    scaled: Scaled, bases: Eigenbases | None, rho: float, chunks: list[slice]
+) -> list[Callable[[Tensor, Tensor], Tensor]] | None:
+    """What turns each chunk's right side into its step; None where float32 cannot tell."""
+    if bases is not None:
+        return bases.times_inverse(rho)
+    times_inverse = scaled.times_inverse(rho, chunks[-1].stop)
+    return None if times_inverse is None else [times_inverse] * len(chunks)
 
 
 class _Support:

@@ -25,7 +25,17 @@ from torch import Tensor
 from tawny.precision import native_dtype
 from tawny.solvers.inverse import factorise, inverse_of_factor
 
-__all__ = ["CACHED", "CHUNK", "ROWS", "SMALLEST_RHO", "Scaled", "parts", "waiting_bytes", "wide"]
+__all__ = [
+    "CACHED",
+    "CHUNK",
+    "ROWS",
+    "SMALLEST_RHO",
+    "Scaled",
+    "eigenbasis",
+    "parts",
+    "waiting_bytes",
+    "wide",
+]
 
 CHUNK = 1 << 22  # weights a product takes at once,
 ROWS = 1024  # or so many rows: every product arranges the whole inverse again
@@ -50,7 +60,7 @@ class Scaled:
     ridge: float
     damp: float  # the damping that was needed
     rho: float
-    # By what and ρ: of a factor L with LLᵀ = H' + ρI, of an inverse X = (H' + ρI)⁻¹, X², …
+    # By what and ρ: of a factor L with LLᵀ = H' + ρI, of an inverse X = (H' + ρI)⁻¹, X², …; and H's eigenbasis, for all ρ
     made: dict[tuple[str, float], list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -58,8 +68,8 @@ class Scaled:
         """What the hardware multiplies fastest."""
         return native_dtype() if self.hessian_II.device.type == "cpu" else torch.float32
 
-    def times_inverse(self, rho: float, rows: int) -> Callable[[Tensor, Tensor], None] | None:
-        """A function of R and S, `[any, in]` of `dtype`, that writes R(H' + ρI)⁻¹ into S; None where float32 cannot tell.
+    def times_inverse(self, rho: float, rows: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """A function of R and S, `[any, in]` of `dtype`, that writes R(H' + ρI)⁻¹ into S, its result; None where float32 cannot tell.
 
         Args:
             rho: the penalty.
@@ -76,14 +86,26 @@ class Scaled:
         """L with LLᵀ = H' + ρI, in its lower triangle; None where float32 cannot tell."""
         if ("factor", rho) not in self.made:
             self.forget(max(self._sizes(), default=0))
-            A_II = self.hessian_II / self.scale_I
-            A_II /= self.scale_I[:, None]
-            A_II.diagonal().add_(self.ridge / self.scale_I.square() + rho)
-            L_II = factorise(A_II)
+            L_II = factorise(self._normalised(rho))
             if L_II is None:
                 return None
             self.made["factor", rho] = [L_II]
         return self.made["factor", rho][0]
+
+    def _normalised(self, rho: float) -> Tensor:
+        """H' + ρI."""
+        A_II = self.hessian_II / self.scale_I
+        A_II /= self.scale_I[:, None]
+        A_II.diagonal().add_(self.ridge / self.scale_I.square() + rho)
+        return A_II
+
+    def eigenbasis(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of H', `[in]` float32, and its eigenvectors, columns of `dtype`."""
+        if ("eigenbasis", 0.0) not in self.made:
+            self.forget(max(self._sizes(), default=0))
+            self.made["eigenbasis", 0.0] = list(eigenbasis(self._normalised(0.0), self.dtype))
+        values_I, vectors_II = self.made["eigenbasis", 0.0]
+        return values_I, vectors_II
 
     def inverse(self, rho: float) -> Tensor | None:
         """(H' + ρI)⁻¹; None where float32 cannot tell."""
@@ -121,15 +143,22 @@ class Scaled:
         return [sum(matrix.nbytes for matrix in matrices) for matrices in self.made.values()]
 
 
-def _multiply(X_II: Tensor, R_CI: Tensor, S_CI: Tensor) -> None:
+def eigenbasis(A_II: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of a matrix that is symmetric and positive: its eigenvalues, none below 0, and its eigenvectors in a dtype of products."""
+    values_I, vectors_II = torch.linalg.eigh(A_II)
+    return values_I.clamp_(min=0), vectors_II.to(dtype)
+
+
+def _multiply(X_II: Tensor, R_CI: Tensor, S_CI: Tensor) -> Tensor:
     """S ← RX."""
-    torch.mm(R_CI, X_II, out=S_CI)
+    return torch.mm(R_CI, X_II, out=S_CI)
 
 
-def _substitute(L_II: Tensor, R_CI: Tensor, S_CI: Tensor) -> None:
+def _substitute(L_II: Tensor, R_CI: Tensor, S_CI: Tensor) -> Tensor:
     """S ← R(LLᵀ)⁻¹."""
     torch.linalg.solve_triangular(L_II.T, R_CI, upper=True, left=False, out=S_CI)
     torch.linalg.solve_triangular(L_II, S_CI, upper=False, left=False, out=S_CI)
+    return S_CI
 
 
 def _powers_kept(width: int, dtype: torch.dtype) -> int:
