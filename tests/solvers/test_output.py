@@ -14,11 +14,12 @@ from tawny import precision
 from tawny.calibration.output import OutputFactor
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Unstructured, removed_count
-from tawny.solvers import MEMBER_SOLVERS, RIA, SOLVERS, Alps, Magnitude, SparseGPT, Wanda, alps, energy
+from tawny.solvers import MEMBER_SOLVERS, RIA, SOLVERS, Alps, Magnitude, Obs, SparseGPT, Wanda, alps, energy
 from tawny.solvers.grid import Grid
+from tawny.solvers.members import Coupled
 from tawny.solvers.output import DAMP, damped
 from tawny.solvers.refit import refit
-from tests.reference import masks
+from tests.reference import masks, members
 from tests.reference.alps import admm_mask
 from tests.reference.output import damped_exactly, felt, lifelike_output, refit_exactly
 from tests.reference.problems import lifelike
@@ -242,3 +243,26 @@ def test_a_weight_too_wide_for_an_eigenbasis_has_the_mask_of_rows_and_the_refit_
     assert torch.equal(wide.mask, rows.mask)
     H, dense = statistics.hessian, G.blocks[0]
     assert felt(W, wide.weight, H, dense) < felt(W, rows.weight, H, dense)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    count=st.integers(2, 7),
+    size=st.integers(1, 3),
+    removed=st.integers(1, 6),
+    blocks=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+def test_obs_is_the_greedy_choice_by_what_is_felt(count, size, removed, blocks, seed) -> None:
+    W, statistics = lifelike(5, count * size, seed, loud=0)
+    G = lifelike_output(5, 500, seed, blocks=blocks)
+    columns = torch.arange(count * size).view(count, size)
+    removed = min(removed, count - 1)
+    H = statistics.hessian.double()
+    H += 0.01 * H.diagonal().mean() * torch.eye(len(H))
+    L = torch.linalg.cholesky(damped_exactly(G))
+    keep, weight = members.greedy(L.T @ W.double(), H, columns, removed)
+    found = Obs(group=1).choose(Coupled(W, statistics, columns, [], output=G), removed)
+    assert found.keep.tolist() == keep
+    wanted = torch.linalg.solve(L.T, weight)
+    assert torch.allclose(found.weight.double(), wanted, rtol=1e-3, atol=1e-3 * float(W.abs().max()))

@@ -11,6 +11,9 @@ cheapest at once where they are many: taking a few together is exact too, only t
 At the end the kept columns are W_k = (W H)_k H_kk⁻¹, free of what rounding added up. If the consumer has a bias, H is
 the covariance: then what is lost on average costs nothing, and b += (W − W')·mean(X).
 
+Where it is known what the model's output feels of the consumer's errors (output.py), G = L Lᵀ, costs are tr(G W_S […]⁻¹ W_Sᵀ): those
+of Lᵀ W, which makes up for what left as W does. The last weight stays as it is: each of its rows is at its own minimum.
+
 Shapes: G = members still there, C = columns of a member, O = out, I = in, S = columns that leave together.
 """
 
@@ -22,12 +25,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tawny.calibration.output import BLOCK, Factor
 from tawny.calibration.statistics import Needs
 from tawny.errors import NumericalError
 from tawny.solvers.base import Columns, Damp, input_hessian, require_finite
 from tawny.solvers.grid import ACCIDENTS
 from tawny.solvers.inverse import invert, with_damping
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, input_moments
+from tawny.solvers.output import damped
 from tawny.solvers.refit import refit
 
 __all__ = ["Obs"]
@@ -52,10 +57,14 @@ class Obs(MemberSolver):
 
     needs: ClassVar[Needs] = "hessian"
     looks_at_rows: ClassVar[bool] = False
+    output: ClassVar[Factor] = "whole"
 
     @property
     def wants_bias(self) -> bool:
         return self.bias
+
+    def workspace(self, out: int, width: int, output: Factor = "none") -> int:
+        return super().workspace(out, width) + (16 * min(out, BLOCK) ** 2 if output == "whole" else 0)
 
     def choose(self, coupled: Coupled, removed: int) -> Chosen:
         W_OI, columns_GC = coupled.weight, coupled.columns
@@ -67,10 +76,10 @@ class Obs(MemberSolver):
         H_II, inverse_II, damp = self._inverse(hessian_II)
         keep_G = torch.ones(len(columns_GC), dtype=torch.bool, device=W_OI.device)
         if removed:
-            gone_G = _leave(
-                W_OI.clone(), inverse_II, columns_GC, removed, max(1, self.group // columns_GC.shape[1])
-            )
-            keep_G[gone_G] = False
+            factor = damped(coupled.output)
+            V_OI = W_OI.clone() if factor is None else factor.through(W_OI)
+            together = max(1, self.group // columns_GC.shape[1])
+            keep_G[_leave(V_OI, inverse_II, columns_GC, removed, together)] = False
         del inverse_II
         kept_K = columns_GC[keep_G].flatten().sort().values
         weight_OI = torch.zeros_like(W_OI)
