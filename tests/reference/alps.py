@@ -66,20 +66,35 @@ def admm_mask(
 
 
 def admm_rounded(
-    W_OI: Tensor, start: Tensor, keep: Tensor, H_II: Tensor, levels: tuple[int, ...], group: int
+    W_OI: Tensor,
+    start: Tensor,
+    keep: Tensor,
+    H_II: Tensor,
+    levels: tuple[int, ...],
+    group: int,
+    G_OO: Tensor | None = None,
 ) -> Tensor:
-    """The iteration on a mask that stays, D being the nearest point of the grid; each row's best of the last iterates."""
+    """The iteration on a mask that stays, D being the nearest point of the grid; each row's best of the last iterates.
+
+    With G, of its damping, the best of the last iterates by tr(G Δ H Δᵀ).
+    """
     H = H_II.double()
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
     scale = damped.diagonal().sqrt()
     normal = damped / scale[:, None] / scale
-    W, weights = W_OI.double() * scale, scale.square() * keep
+    weights, G = scale.square() * keep, torch.eye(len(W_OI), dtype=torch.float64)
+    if G_OO is not None:
+        root = G_OO.diagonal().sqrt()
+        G, scale = G_OO / root[:, None] / root, scale * root[:, None]
+    both = torch.kron(G, normal) if G_OO is not None else normal
+    W = W_OI.double() * scale
     by = scales(start, weights, levels, group).double()
     D = rounded(start.double(), by, keep, levels, group) * scale
     V, rho = torch.zeros_like(W), 0.2
     best, lost = D / scale, torch.full((len(W),), torch.inf, dtype=torch.float64)
     for step in range(1, 37):
-        B = torch.linalg.solve(normal + rho * torch.eye(len(H)), (W @ normal - V + rho * D).T).T
+        right = (G @ W @ normal - V + rho * D).reshape(-1, len(both)).T
+        B = torch.linalg.solve(both + rho * torch.eye(len(both)), right).T.reshape(W.shape)
         T = B + V / rho
         wide = by.repeat_interleave(group, 1)[:, : W.shape[1]]
         q = rounded(T / scale, by, keep, levels, group) / torch.where(wide == 0, 1.0, wide)
@@ -93,6 +108,8 @@ def admm_rounded(
         if step in (24, 30, 36):
             gone = W_OI.double() - D / scale
             now = ((gone @ H) * gone).sum(1)
+            if G_OO is not None:
+                now = (G_OO @ gone @ H * gone).sum().expand(len(now))
             best, lost = torch.where((now < lost)[:, None], D / scale, best), torch.minimum(lost, now)
         if step % 6 == 0:
             rho *= 1.35

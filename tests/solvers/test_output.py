@@ -20,7 +20,7 @@ from tawny.solvers.members import Coupled
 from tawny.solvers.output import DAMP, damped
 from tawny.solvers.refit import refit
 from tests.reference import masks, members
-from tests.reference.alps import admm_mask
+from tests.reference.alps import admm_mask, admm_rounded
 from tests.reference.output import damped_exactly, felt, lifelike_output, refit_exactly
 from tests.reference.problems import lifelike
 
@@ -139,6 +139,21 @@ def test_alps_finds_the_support_of_the_vectorised_iteration(sparsity: float, blo
     # float32 against float64: a few weights at the threshold may differ
     assert int((found != wanted).sum()) <= 2
     assert int((found != Alps().solve(W, statistics, MATRIX, sparsity).mask).sum()) > 2
+
+
+@precision.force("float32")
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_alps_rounds_as_the_vectorised_iteration_does(sparsity: float) -> None:
+    W, statistics = lifelike(12, 32)
+    H, G, grid = statistics.hessian, lifelike_output(12), Grid(tuple(range(-4, 4)), 16)
+    sparse = Alps().solve(W, statistics, MATRIX, sparsity, output=G)
+    mine = Alps().solve(W, statistics, MATRIX, sparsity, grid=grid, output=G)
+    assert torch.equal(mine.mask, sparse.mask)
+    dense = damped_exactly(G)
+    wanted = admm_rounded(W, sparse.weight, sparse.mask, H, grid.levels, 16, dense)
+    assert felt(W, mine.weight, H, dense) == pytest.approx(felt(W, wanted, H, dense), rel=0.1)
+    alike = Alps().solve(W, statistics, MATRIX, sparsity, grid=grid)
+    assert felt(W, mine.weight, H, dense) < 0.95 * felt(W, alike.weight, H, dense)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
