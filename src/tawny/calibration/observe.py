@@ -141,7 +141,9 @@ class _Watcher:
         if linear is self.last:
             raise _Enough
 
-    def expert_called(self, key: str, expert: int, x: Tensor, gathered: Tensor | None) -> None:
+    def expert_called(
+        self, key: str, expert: int, x: Tensor, product: Tensor, gathered: Tensor | None
+    ) -> None:
         """One expert multiplies the rows of the tokens in `gathered`."""
         x = x.reshape(-1, x.shape[-1])
         if self.valid is not None and (key, expert) in self.experts:
@@ -150,7 +152,7 @@ class _Watcher:
             x = x[self.valid.reshape(-1)[gathered.to(self.valid.device)].to(x.device)]
         self._expert_receives(key, expert, x)
 
-    def experts_called(self, key: str, x_ETI: Tensor) -> None:
+    def experts_called(self, key: str, x_ETI: Tensor, product: Tensor) -> None:
         """Every expert multiplies a row for every token, which is zero where the token was not routed to it.
 
         A row of zeros adds nothing to norms or Hessians, whatever made it one. It must not be counted as a token

@@ -10,15 +10,35 @@ G is kept whole up to `BLOCK` outputs, and by diagonal blocks of at most so many
 
 from __future__ import annotations
 
-__all__ = ["BLOCK", "FACTORS", "Factor", "OutputAccumulator", "OutputFactor", "diagonal_blocks"]
+__all__ = [
+    "BLOCK",
+    "FACTORS",
+    "Factor",
+    "OutputAccumulator",
+    "OutputFactor",
+    "diagonal_blocks",
+    "factor_bytes",
+    "gradient_of_drawn_tokens",
+    "gradient_of_features",
+    "watch_gradients",
+]
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tawny.calibration.products import ExpertProducts, Fused
+from tawny.model.linears import Linear
+from tawny.model.stack import TOKENS, Stack
+from tawny.model.streams import Stream
+from tawny.precision import bfloat16_products
 
 Factor = Literal["none", "rows", "whole"]
 FACTORS: tuple[Factor, ...] = ("none", "rows", "whole")  # each holds what the ones before it tell
@@ -69,27 +89,159 @@ def diagonal_blocks(out: int, most: int = BLOCK) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
+def factor_bytes(out: int, factor: Factor) -> int:
+    """Memory of one factor while it is added up."""
+    places = diagonal_blocks(out) if factor == "whole" else []
+    squares: int = sum((rows.stop - rows.start) ** 2 for rows in places)
+    return 8 * (squares + out)
+
+
 class OutputAccumulator:
-    """Adds up G over many chunks of tokens, in float32 where the gradients are narrower."""
+    """Adds up G over many chunks of tokens: a chunk in float32, and chunks in float64, so that their order does not matter."""
 
     def __init__(self, out: int, factor: Factor, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self._diagonal_O = torch.zeros(out, dtype=torch.float64, device=device)
         self._places = diagonal_blocks(out) if factor == "whole" else []
         sizes = [rows.stop - rows.start for rows in self._places]
-        self._blocks = [torch.zeros(size, size, device=device) for size in sizes]
+        self._blocks = [torch.zeros(size, size, dtype=torch.float64, device=device) for size in sizes]
 
     def add(self, g_TO: Tensor) -> None:
         """Gradients `[tokens, out]` of any float dtype."""
+        self.tokens += len(g_TO)
+        self._diagonal_O += torch.linalg.vector_norm(g_TO, dim=0, dtype=torch.float32).double().square()
+        if not self._places:
+            return
         g = g_TO.to(torch.float32)
-        self.tokens += len(g)
-        self._diagonal_O += g.square().sum(0)
-        for rows, G_RR in zip(self._places, self._blocks, strict=True):
-            G_RR.addmm_(g[:, rows].T, g[:, rows])
+        with bfloat16_products(g_TO.dtype == torch.bfloat16):
+            for rows, G_RR in zip(self._places, self._blocks, strict=True):
+                G_RR += g[:, rows].T @ g[:, rows]
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What several processes add up."""
+        return [self._diagonal_O, *self._blocks]
 
     def finish(self) -> OutputFactor:
         """Means over the tokens; nothing can be added any more."""
-        tokens = max(self.tokens, 1)
-        for G_RR in self._blocks:
-            G_RR /= tokens
-        return OutputFactor(self.tokens, (self._diagonal_O / tokens).float(), tuple(self._blocks))
+        tokens, blocks = max(self.tokens, 1), []
+        while self._blocks:  # one after another: they are large
+            blocks.append(self._blocks.pop(0).div_(tokens).float())
+        return OutputFactor(self.tokens, (self._diagonal_O / tokens).float(), tuple(blocks))
+
+
+@contextlib.contextmanager
+def watch_gradients(
+    linears: Sequence[Linear], factor: Factor, stream: Stream
+) -> Iterator[Mapping[str, OutputAccumulator]]:
+    """Inside, forwards through the loaded block of `linears` that are run backward add their gradients up, by linear name.
+
+    Padding is not counted: nothing is felt of it. Experts count the tokens that were routed to them.
+    """
+    seen = {x.name: OutputAccumulator(x.shape[0], factor, stream.stack.device) for x in linears}
+    experts = {(x.key, x.expert): seen[x.name] for x in linears if x.expert is not None}
+    padded = stream.samples.mask is not None
+
+    def count(some: Sequence[OutputAccumulator], gaps: bool, gradient: Tensor) -> None:
+        for accumulator, rows_TO in zip(some, gradient if len(some) > 1 else [gradient], strict=True):
+            rows_TO = rows_TO.reshape(-1, rows_TO.shape[-1])
+            accumulator.add(rows_TO[rows_TO.any(-1)] if gaps else rows_TO)
+
+    def called(accumulator: OutputAccumulator, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            _on_gradient(output, partial(count, [accumulator], padded))
+
+    def one(key: str, expert: int, _x: Tensor, product: Tensor, _gathered: Tensor | None) -> None:
+        if product.requires_grad and (key, expert) in experts:
+            _on_gradient(product, partial(count, [experts[key, expert]], padded))
+
+    def every(key: str, _x: Tensor, product: Tensor) -> None:
+        some = [
+            experts.get((key, e)) or OutputAccumulator(product.shape[-1], "none") for e in range(len(product))
+        ]
+        if product.requires_grad:
+            _on_gradient(product, partial(count, some, True))
+
+    fused = {
+        x.key: Fused(x.key, getattr(x.module, x.parameter), x.transposed)
+        for x in linears
+        if x.expert is not None
+    }
+    with contextlib.ExitStack() as leaving:
+        for linear in linears:
+            if linear.expert is None:
+                hook = linear.module.register_forward_hook(partial(called, seen[linear.name]))
+                leaving.callback(hook.remove)
+        if fused:
+            leaving.enter_context(ExpertProducts(list(fused.values()), one, every))
+        yield seen
+
+
+def _on_gradient(made: Tensor, call: Callable[[Tensor], None]) -> None:
+    made.register_hook(call)  # type: ignore[no-untyped-call]
+
+
+def gradient_of_drawn_tokens(
+    stack: Stack, stream: Stream, chunk: int, seeds: Sequence[int], rows: int
+) -> Tensor:
+    """The gradient `[batch, tokens, hidden]` at the last block's outputs of Σ log p(y), each y drawn from what the model predicts.
+
+    Args:
+        stream: holds the last block's outputs.
+        seeds: one for each sample of the chunk, which its draws depend on alone.
+        rows: tokens whose logits are there at once.
+    """
+    hidden_BTH, tokens_ST = stream.hidden[chunk], stream.samples.tokens[stream.slices[chunk]]
+    valid = stream.valid(chunk)
+    gradient_BTH = torch.zeros_like(hidden_BTH)
+    for sample, seed in enumerate(seeds):
+        draws = torch.Generator().manual_seed(seed)
+        for start in range(0, hidden_BTH.shape[1], rows):
+            here = slice(start, start + rows)
+            leaf = hidden_BTH[sample : sample + 1, here].detach().clone().requires_grad_()
+            with torch.enable_grad():
+                logits_TV = stack.tail({TOKENS: tokens_ST[sample : sample + 1, here]}, leaf)[0]
+            chances_TV = logits_TV.detach().float().softmax(-1)
+            even_T = torch.rand(len(chances_TV), generator=draws, dtype=torch.float64).to(leaf.device)
+            drawn_T = _drawn(chances_TV, even_T)
+            # The gradient of log p(y) at the logits: one where y is, less p.
+            at_logits_TV = chances_TV.neg_()
+            at_logits_TV[torch.arange(len(drawn_T)), drawn_T] += 1.0
+            if valid is not None:
+                at_logits_TV[~valid[sample, here].to(leaf.device)] = 0.0
+            (felt,) = torch.autograd.grad(logits_TV, leaf, at_logits_TV.to(logits_TV.dtype))
+            gradient_BTH[sample, here] = felt[0]
+    return gradient_BTH
+
+
+def _drawn(chances_TV: Tensor, even_T: Tensor) -> Tensor:
+    """[T] one of V by its chance, from a number in [0, 1): first a group of neighbours, then one of these."""
+    groups = math.isqrt(chances_TV.shape[1]) + 1
+    size = -(-chances_TV.shape[1] // groups)
+    padded_TV = nn.functional.pad(chances_TV, (0, groups * size - chances_TV.shape[1]))
+    chances_TGS = padded_TV.view(-1, groups, size)
+    below_TG = chances_TGS.sum(-1, dtype=torch.float64).cumsum(-1)
+    at_T = even_T * below_TG[:, -1]
+    group_T = torch.searchsorted(below_TG, at_T[:, None], right=True)[:, 0].clamp_(max=groups - 1)
+    every_T = torch.arange(len(at_T), device=at_T.device)
+    at_T = at_T - torch.where(group_T > 0, below_TG[every_T, (group_T - 1).clamp(min=0)], 0.0)
+    below_TS = chances_TGS[every_T, group_T].double().cumsum(-1)
+    place_T = torch.searchsorted(below_TS, at_T[:, None], right=True)[:, 0]
+    return (group_T * size + place_T.clamp_(max=size - 1)).clamp_(max=chances_TV.shape[1] - 1)
+
+
+def gradient_of_features(stack: Stack, stream: Stream, chunk: int, seeds: Sequence[int]) -> Tensor:
+    """As `gradient_of_drawn_tokens`, of a model that predicts no tokens: its features, each with Gaussian noise of variance one."""
+    part = stream.slices[chunk]
+    leaf = stream.hidden[chunk].detach().clone().requires_grad_()
+    with torch.enable_grad():
+        features = stack.features(stream.samples.take(part).inputs, leaf)
+        noise = [
+            torch.randn(features.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
+        weights = torch.stack(noise).to(features)
+        valid = stream.valid(chunk)
+        if valid is not None and valid.shape == features.shape[:2]:
+            weights *= valid.to(features)[..., None]
+        (gradient,) = torch.autograd.grad((features * weights).sum(), leaf)
+    return gradient

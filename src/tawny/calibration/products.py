@@ -45,14 +45,14 @@ class Fused:
 
 
 class ExpertProducts(TorchFunctionMode):
-    """Reports products with the fused parameters it is given: of rows with one expert, and which tokens those were
-    gathered from last, or of all experts at once with rows for each."""
+    """Reports products with the fused parameters it is given, factor and product: of rows with one expert, and which tokens
+    those were gathered from last, or of all experts at once with rows for each."""
 
     def __init__(
         self,
         fused: Sequence[Fused],
-        one: Callable[[str, int, Tensor, Tensor | None], None],
-        every: Callable[[str, Tensor], None],
+        one: Callable[[str, int, Tensor, Tensor, Tensor | None], None],
+        every: Callable[[str, Tensor, Tensor], None],
     ) -> None:
         super().__init__()
         self._fused = fused
@@ -62,7 +62,7 @@ class ExpertProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         product = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and len(args) > 1:
-            self._look(args[0], args[1], *_PRODUCTS[func])
+            self._look(args[0], args[1], product, *_PRODUCTS[func])
         elif (
             func is Tensor.__getitem__
             and isinstance(index := args[1], Tensor)
@@ -71,10 +71,10 @@ class ExpertProducts(TorchFunctionMode):
             self._gathered = index
         return product
 
-    def _look(self, x: Tensor, w: Tensor, inputs: int, outputs: int) -> None:
+    def _look(self, x: Tensor, w: Tensor, product: Tensor, inputs: int, outputs: int) -> None:
         for fused in self._fused:
             expert = fused.first(w, inputs, outputs)
             if expert is not None and w.dim() == 2:
-                self._one(fused.key, expert, x, self._gathered)
+                self._one(fused.key, expert, x, product, self._gathered)
             elif expert is not None and x.dim() == 3 and len(x) == len(w):
-                self._every(fused.key, x)
+                self._every(fused.key, x, product)

@@ -9,12 +9,14 @@ __all__ = ["DENSE", "PRUNED", "PrunedBlock", "pattern_at"]
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from tawny.calibration.observe import Observation, Stage, observe
+from tawny.calibration.output import OutputFactor
 from tawny.calibration.statistics import Statistics
 from tawny.calibration.suspended import can_suspend, in_lockstep
 from tawny.errors import NumericalError
@@ -44,12 +46,19 @@ class PrunedBlock:
     Attributes:
         stream: the samples in front of it; None where nothing is observed.
         solved: new weights `[out, in]` in float32, by linear; None where nobody asks for more than is stored.
+        factors: what the output feels of each linear, by name, where it was asked.
         stage: number of the stage that is being solved.
         warned: warnings in the record before the block, or before what its last stage added.
     """
 
     def __init__(
-        self, session: Session, block: Block, allocation: Mapping[str, float], *, keep: bool = False
+        self,
+        session: Session,
+        block: Block,
+        allocation: Mapping[str, float],
+        *,
+        keep: bool = False,
+        factors: Mapping[str, OutputFactor] = MappingProxyType({}),
     ) -> None:
         self.session, self.block, self.allocation = session, block, allocation
         self.job, self.index = session.job, block.index
@@ -57,6 +66,7 @@ class PrunedBlock:
         self.stream = block.streams.get(PRUNED)
         self.outliers = OutlierCount(self.job.allocator.outlier_M, self.job.stack.look)
         self.solved: dict[str, Tensor] | None = {} if keep else None
+        self.factors = factors
         self.stage = 0
         self.warned = len(session.record.warnings)
         self._prepared: tuple[Statistics, Any] | None = None
@@ -193,6 +203,7 @@ class PrunedBlock:
                     target,
                     prepared=self._prepare(statistics),
                     grid=None if grid is None else grid.suiting(W_OI),
+                    output=self.factors.get(linear.name),
                 )
             if job.recipe.refit:
                 measured = self.measure(W_OI, solution.weight, statistics, solution.lost)

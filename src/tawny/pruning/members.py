@@ -118,6 +118,7 @@ def _choose(
         coupling.columns_GC.to(W_OI.device),
         producers,
         stack.bias(consumer) is not None,
+        block.factors.get(consumer.name),
     )
     try:
         return W_OI, block.job.member_solver.choose(coupled, removed)

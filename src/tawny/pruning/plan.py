@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import OWN, load_texts, parse_texts
+from tawny.calibration.output import factor_bytes
 from tawny.calibration.text import NAMED_TEXTS
 from tawny.decoding.author import author_of
 from tawny.model.context import seqlen_of
@@ -29,7 +31,7 @@ from tawny.model.structure import input_of
 from tawny.model.trust import opens_models
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
-from tawny.pruning.prepare import Job, demand_of, notices, prepare, profile_count
+from tawny.pruning.prepare import Job, demand_of, notices, output_count, prepare, profile_count
 from tawny.pruning.profiling import spend
 from tawny.pruning.refine import holds_out
 from tawny.recipe.merge import resolve_recipe
@@ -125,6 +127,7 @@ def plan(
     budget = parse_size(memory)
     load, notes = load_of(job, budget) if job.needs_samples else (Load(wanted.samples, wanted.seqlen, 0), [])
     tokens = load.samples * load.seqlen if job.needs_samples else 0
+    factor = recipe.output.factor or "none"
     streams = 2 if recipe.refine.epochs else 1  # after pruned blocks, and after dense ones
     placement = place(demand_of(job, load), budget, available(job.stack.device))
     checkpoint = stack.checkpoint
@@ -132,6 +135,11 @@ def plan(
     written = checkpoint.bytes_in(DTYPES[recipe.dtype] if recipe.dtype else None)
     most = written + min(written, SHARD_BYTES)
     most += (3 if placement.spill else 2) * streams * tokens * stack.hidden_bytes
+    # The factors of the output lie there until the end, and what enters every block while they are made.
+    most += sum(factor_bytes(x.shape[0], factor) // 2 for x in infos if factor != "none")
+    if placement.spill:
+        felt = output_count(recipe, load.samples, load.seqlen) * load.seqlen
+        most += felt * len(stack) * stack.hidden_bytes
     if recipe.values.names:  # a packed folder is no larger
         most = max(most, 2 * written)
         notes += [
@@ -229,9 +237,13 @@ def forward_seconds(stack: Stack) -> float:
 
 def seconds_of(job: Job, load: Load) -> dict[str, float]:
     recipe, stack, infos = job.recipe, job.stack, job.linears
-    tokens = load.samples * load.seqlen
+    tokens, factor = load.samples * load.seqlen, recipe.output.factor or "none"
     forward, exact = forward_seconds(stack), measured_speed(torch.float32)
     seconds = {"profile": 0.0, "forward": 0.0, "statistics": 0.0, "solve": 0.0}
+    if felt := load.seqlen * output_count(recipe, load.samples, load.seqlen):
+        # Once to the end, and through each block and back, which of activations alone takes as long.
+        factors = sum(factor_bytes(x.shape[0], factor) / 8 for x in infos)
+        seconds["output"] = felt * (3 * forward + 2 * factors / exact)
     if job.allocator.needs != "none":
         count = profile_count(recipe, load.samples, load.seqlen)
         seconds["profile"] = count * load.seqlen * forward
@@ -244,11 +256,12 @@ def seconds_of(job: Job, load: Load) -> dict[str, float]:
         seconds["statistics"] = tokens * _seconds_a_token(stack)
     if job.couplings:
         consumers = tuple(info for info in infos if info.name == info.coupling)
-        works = [job.member_solver.work] * (job.needs == "hessian")
+        works = [partial(job.member_solver.work, output=factor)] * (job.needs == "hessian")
         seconds["solve"] = _solving(works, job.needs == "hessian", consumers)
     elif not job.removes_blocks:
         solver, grid = job.weight_solver, bool(recipe.values.names)
-        works = [solver.work] * (solver.needs == "hessian") + [solver.rounding] * grid
+        works = [partial(solver.work, output=factor)] * (solver.needs == "hessian")
+        works += [partial(solver.rounding, output=factor)] * grid
         seconds["solve"] = _solving(works, solver.needs == "hessian", infos)
     if recipe.refit:
         seconds["refit"] = sum(2.0 * 12 * x.shape[0] * x.shape[1] ** 2 / exact for x in infos)

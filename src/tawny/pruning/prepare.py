@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PROFILE_TOKENS", "Job", "demand_of", "notices", "prepare", "profile_count"]
+__all__ = ["PROFILE_TOKENS", "Job", "demand_of", "notices", "output_count", "prepare", "profile_count"]
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,7 +115,8 @@ class Job:
     @property
     def needs_samples(self) -> bool:
         refining = self.recipe.refine.epochs > 0
-        return self.needs != "none" or self.allocator.needs != "none" or refining or self.chooses_blocks
+        asks = self.recipe.output.factor != "none" or refining or self.chooses_blocks
+        return asks or self.needs != "none" or self.allocator.needs != "none"
 
     @property
     def linears(self) -> tuple[LinearInfo, ...]:
@@ -259,6 +260,12 @@ def profile_count(recipe: Recipe, samples: int, seqlen: int) -> int:
     return min(samples, math.ceil(PROFILE_TOKENS / seqlen))
 
 
+def output_count(recipe: Recipe, samples: int, seqlen: int) -> int:
+    """How many of the samples are run backward; none where the output is not asked."""
+    asks = recipe.output.factor != "none"
+    return min(samples, math.ceil(recipe.output.tokens / seqlen)) if asks else 0
+
+
 def demand_of(job: Job, load: Load) -> Demand:
     """What pruning asks of memory."""
     wanted = job.needs_samples
@@ -272,6 +279,8 @@ def demand_of(job: Job, load: Load) -> Demand:
         seqlen=load.seqlen if wanted else 0,
         characters=load.characters if wanted else 0,
         profiled=profile_count(job.recipe, load.samples, load.seqlen) if wanted and load.samples else 0,
+        felt=output_count(job.recipe, load.samples, load.seqlen) if wanted and load.samples else 0,
+        factor=job.recipe.output.factor or "none",
         in_data_order=job.recipe.order == "data",
         refining=job.recipe.refine.epochs > 0,
         compared=_compared(job, load) if job.chooses_blocks else 0,

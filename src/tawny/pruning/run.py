@@ -25,6 +25,7 @@ from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.block import PRUNED
 from tawny.pruning.blocks import choose_blocks
+from tawny.pruning.output import output_factors
 from tawny.pruning.prepare import demand_of, notices
 from tawny.pruning.profiling import profile_walk, spend
 from tawny.pruning.refine import holds_out
@@ -111,17 +112,18 @@ def prune(
         tokenizer=tokenizer,
         calibration=given,
     ) as session:
-        solve = Solve(session, _allocate(session))
-        visitors = [solve, Refine(solve), Advance(PRUNED), Write(session)]
-        walk(
-            session.run,
-            session.job.stack,
-            samples_of(session),
-            visitors,
-            name=WALK,
-            phase="pruning",
-            drop_outside=True,
-        )
+        with output_factors(session) as factors:
+            solve = Solve(session, _allocate(session), factors)
+            visitors = [solve, Refine(solve), Advance(PRUNED), Write(session)]
+            walk(
+                session.run,
+                session.job.stack,
+                samples_of(session),
+                visitors,
+                name=WALK,
+                phase="pruning",
+                drop_outside=True,
+            )
         return _finish(session)
 
 

@@ -123,6 +123,8 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
             # An allocator or solver of another name has other options.
             other = key in NAMED and new.get("name", _chosen(key, merged)) != _chosen(key, merged)
             merged[key] = new if other else {**merged[key], **new}
+            if other and key == "solver":
+                merged["output"].pop("factor", None)  # each solver makes use of its own
             lift_refit(merged)
             continue
         *section_of, name = _locate(key, merged)

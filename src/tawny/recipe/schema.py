@@ -22,7 +22,7 @@ merge.py puts a recipe together from a base and changes; files.py reads and writ
 
 from __future__ import annotations
 
-__all__ = ["Calibration", "Recipe", "Refinement", "Selection", "Values"]
+__all__ = ["Calibration", "Output", "Recipe", "Refinement", "Selection", "Values"]
 
 import dataclasses
 import hashlib
@@ -172,6 +172,19 @@ class Values:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class Output:
+    """What the solver knows of how the model's output feels an error of a linear.
+
+    `none`: all outputs of the linear alike. `rows`: a number for each of them, the diagonal of the Fisher's factor. `whole`: the
+    factor itself, which also says how they go together. None does what the solver does by default. `tokens` of the
+    calibration are run backward for it.
+    """
+
+    factor: Literal["none", "rows", "whole"] | None = None
+    tokens: Annotated[int, Field(ge=1)] = 16384
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class Recipe:
     """Everything that decides the result. Make one with `Recipe.from_mapping` or `load_recipe`."""
 
@@ -189,10 +202,11 @@ class Recipe:
     refit: bool = False  # move the survivors of every mask to their least squares; also `solver.refit`
     refine: Refinement = Field(default_factory=Refinement)
     values: Values = Field(default_factory=Values)
+    output: Output = Field(default_factory=Output)
     compat: Literal["official"] | None = None
     profile_samples: Annotated[int, Field(ge=1)] | None = None
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "cpu"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
 
     @property
     def bos(self) -> bool | None:
@@ -215,10 +229,13 @@ class Recipe:
             if home is not None and key not in top_level_keys():
                 raise RecipeError(f"{key} belongs under {home}: in a recipe ({home}: {{{key}: ...}})")
         refuse_unknown(values, top_level_keys(), "recipe key")
-        if values.get("version", 1) != 1:
+        version = values.pop("version", 2)
+        if version not in (1, 2):
             raise RecipeError(
-                f"version {show(values['version'])} of recipes is unknown to this Tawny, which reads 1"
+                f"version {show(version)} of recipes is unknown to this Tawny, which reads 1 and 2"
             )
+        if version == 1:  # said of every recipe in a run.json from before outputs were asked
+            values.setdefault("output", "none")
         compat = values.get("compat")
         # Asked before it is handed down, so that the error names the right key.
         if compat not in (None, "official"):
@@ -231,6 +248,7 @@ class Recipe:
             values[section] = _choice(section, given, compat, default_name(section, values))
         values["values"] = _with_kinds(values["values"], values["allocator"])
         values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
+        values["output"] = _with_factor(values)
         recipe = checked(cls, values, "recipe key")
         names = ", ".join(recipe.values.names)
         if names and recipe.refit:
@@ -273,7 +291,12 @@ class Recipe:
 # --- sections --------------------------------------------------------------------------------------------
 
 NAMED = ("allocator", "solver")  # sections whose name decides what their options are
-SECTIONS: dict[str, type[Any]] = {"calibration": Calibration, "refine": Refinement, "values": Values}
+SECTIONS: dict[str, type[Any]] = {
+    "calibration": Calibration,
+    "refine": Refinement,
+    "values": Values,
+    "output": Output,
+}
 # Section → the key that a bare value is for: `solver: wanda` is `solver: {name: wanda}`.
 SHORTHANDS = {
     "allocator": "name",
@@ -281,6 +304,7 @@ SHORTHANDS = {
     "calibration": "text",
     "refine": "epochs",
     "values": "kind",
+    "output": "factor",
 }
 # The best for its time of what benchmarks/recipes.py has measured, and what `compat: official` is about.
 _DEFAULT_NAMES = {"allocator": "atp", "solver": "alps"}
@@ -410,6 +434,24 @@ def _with_kinds(values: Values, allocator: Selection) -> Values:
             f"values.of is {list(values.of)} without values.mean: expected an allocation file that says each linear's kind"
         )
     return values  # as they were when the recipe was made; the file may have moved since
+
+
+def _with_factor(values: Mapping[str, Any]) -> Output:
+    """What is asked of the output, with the factor that holds where none is named."""
+    from tawny.calibration.output import FACTORS
+
+    output: Output = values["output"]
+    solver = values["solver"].name
+    kind = registry("solver")[solver]
+    if output.factor is None:
+        plain = values.get("compat") == "official" or values["sparsity"] == 0
+        return dataclasses.replace(output, factor="none" if plain else kind.default_output)
+    known = FACTORS[: FACTORS.index(kind.output) + 1]
+    if output.factor not in known:
+        raise RecipeError(
+            f"output {output.factor} is more than solver {solver} makes use of: expected {' or '.join(known)}"
+        )
+    return output
 
 
 def unknown_name(section: str, name: Any) -> RecipeError:

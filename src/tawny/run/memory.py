@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from tawny.allocation.profile import Measuring
+from tawny.calibration.output import Factor, factor_bytes
 from tawny.calibration.statistics import Needs, hessian_bytes
 from tawny.errors import RecipeError
 from tawny.machine import free_memory, resident_memory
@@ -116,6 +117,7 @@ class Demand:
         measuring: what reads the dense model first, an allocator or several.
         samples, seqlen, characters: of the calibration; 0 where none is needed.
         profiled: samples of the profile walk.
+        felt: samples that are run backward, for this factor of the output.
         in_data_order: stages see the pruned ones before them.
         refining: every block is trained after it was pruned.
         compared: tokens that candidates of blocks that leave are compared on; 0 where no such choice is made.
@@ -135,6 +137,8 @@ class Demand:
     refining: bool
     compared: int = 0
     alone: bool = False
+    felt: int = 0
+    factor: Factor = "none"
 
     def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
         """Parts of each phase; the interpreter is there in every one, what is outside the blocks in all but those of walks."""
@@ -160,6 +164,8 @@ class Demand:
                 walked = base = {**base, "head": stack.late_bytes}  # opened to compare, and kept
                 parts["logits"] = 4 * LOGIT_BYTES
             phases["choose"] = {**base, **parts}
+        if self.felt:
+            phases |= self._feeling_phases(base, walked, spill=spill)
         hidden = 0
         if self.needs != "none" or self.refining:
             hidden = 0 if spill else self.samples * self.seqlen * stack.hidden_bytes
@@ -245,12 +251,15 @@ class Demand:
 
     def _solving(self, groups: Sequence[Sequence[Linear]]) -> dict[str, int]:
         """For the linear of a block that takes most, with the Hessians that are still needed: its own and later ones."""
+        felt = sum(factor_bytes(x.shape[0], self.factor) // 2 for group in groups for x in group)
+        factors = {"factors": felt} if self.factor != "none" else {}
         squares = [4 * group[0].shape[1] ** 2 if self.needs == "hessian" else 0 for group in groups]
         return max(
             (
                 {
                     "statistics": squares[place] if self.in_data_order else sum(squares[place:]),
-                    "solver": max(self.solver.workspace(*x.shape) for x in group),
+                    **factors,
+                    "solver": max(self.solver.workspace(*x.shape, output=self.factor) for x in group),
                 }
                 for place, group in enumerate(groups)
             ),
@@ -274,13 +283,36 @@ class Demand:
         stored = checkpoint.storage_dtype.itemsize if checkpoint is not None else stack.compute.itemsize
         block = max(sum(p.numel() for p in b.parameters()) for b in stack.blocks)
         state = block * (16 + 1 + stored + stack.compute.itemsize)
-        # Every linear keeps its input and gives an output, and about as much again is kept between them.
+        return state + self._backward_bytes()
+
+    def _backward_bytes(self) -> int:
+        """What one chunk leaves behind in a block for its way back: every linear keeps its input and gives an output."""
         widths = max(
-            stack.positions_at(index) * sum(stack.routed(x) * sum(x.shape) for x in linears)
+            self.stack.positions_at(index) * sum(self.stack.routed(x) * sum(x.shape) for x in linears)
             for index, linears in enumerate(self.by_block)
         )
-        kept = math.ceil(2 * max(CHUNK_TOKENS, self.seqlen) * widths * stack.compute.itemsize)
-        return state + kept + 3 * self._scores_bytes() + self._mask_bytes()
+        # About as much again is kept between them.
+        kept = math.ceil(2 * max(CHUNK_TOKENS, self.seqlen) * widths * self.stack.compute.itemsize)
+        return kept + 3 * self._scores_bytes() + self._mask_bytes()
+
+    def _feeling_phases(
+        self, base: Mapping[str, int], walked: Mapping[str, int], *, spill: bool
+    ) -> dict[str, dict[str, int]]:
+        """The backward walk: the head, and then each block; what enters every block is kept in memory or on disk."""
+        stack = self.stack
+        one = self.felt * self.seqlen * stack.hidden_bytes
+        kept = one if spill else one * (len(stack) + 1)
+        blocks = max(sum(factor_bytes(x.shape[0], self.factor) for x in linears) for linears in self.by_block)
+        return {
+            "head": {**base, "head": stack.late_bytes, "hidden_states": kept, "logits": 3 * LOGIT_BYTES},
+            "backward": {
+                **walked,
+                "block": self.block_bytes(),
+                "hidden_states": kept,
+                "forward": self._backward_bytes(),
+                "factors": blocks,
+            },
+        }
 
     def _scores_bytes(self) -> int:
         """Attention scores of the samples in one forward, float32, where the model holds whole matrices of them.

@@ -48,15 +48,16 @@ class Ranks(ProcessGroup):
         A forward takes a chunk at once, so the ranks run the very forwards that one process would. Where there are
         fewer chunks than ranks, single samples are shared out; fewer samples than ranks are a UserError.
         """
-        if self.size == 1:
-            return samples
+        return samples if self.size == 1 else samples.take(self.here(samples))
+
+    def here(self, samples: Samples) -> slice:
+        """Where this rank's part lies among the samples."""
         count = len(samples)
         if count < self.size:
             raise UserError(
                 f"{count} samples cannot be shared by {self.size} processes; give at least --samples {self.size}"
             )
-        here = self._shares(count, samples.seqlen)[self.rank]
-        return samples.take(here)
+        return self._shares(count, samples.seqlen)[self.rank]
 
     def largest_part(self, count: int, seqlen: int) -> int:
         """How many of `count` samples the rank with most of them gets."""

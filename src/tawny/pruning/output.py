@@ -1,0 +1,166 @@
+"""Ask the output: the backward walk, and the factors G of every linear that it leaves behind for the solvers.
+
+It comes first, on the dense model, from the first tokens of the calibration. The factors of a block lie in a file until the
+block is pruned, since those of all blocks may be larger than the model.
+"""
+
+from __future__ import annotations
+
+__all__ = ["OutputFactors", "output_factors"]
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import final
+
+import torch
+from torch import Tensor
+
+from tawny.calibration.output import (
+    Factor,
+    OutputAccumulator,
+    OutputFactor,
+    gradient_of_drawn_tokens,
+    gradient_of_features,
+    watch_gradients,
+)
+from tawny.model import durable
+from tawny.model.streams import Samples, Stream
+from tawny.model.structure import predicts_tokens
+from tawny.model.tensorfile import natural, read_tensors, write_tensors
+from tawny.pruning.prepare import Job, output_count
+from tawny.pruning.session import Session
+from tawny.run.memory import LOGIT_BYTES
+from tawny.run.ranks import Ranks
+from tawny.run.walk import Block, Visitor, walk_back
+
+_NAME = "output"
+
+
+@final
+class OutputFactors:
+    """The factors of a model's linears, in a file for each block; of none where nothing was asked.
+
+    Args:
+        folder: where they are; None: nothing was asked.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    def of(self, block: int, device: torch.device) -> dict[str, OutputFactor]:
+        """By linear name, those of one block."""
+        if self._folder is None:
+            return {}
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, value in read_tensors(_file(self._folder, block)).items():
+            name, _, part = key.rpartition("/")
+            found.setdefault(name, {})[part] = value.to(device)
+        return {name: _factor(parts) for name, parts in found.items()}
+
+
+def _file(folder: Path, block: int) -> Path:
+    return folder / f"{block:05d}.safetensors"
+
+
+def _parts(factor: OutputFactor) -> dict[str, Tensor]:
+    blocks = {str(place): G_RR for place, G_RR in enumerate(factor.blocks)}
+    return {"tokens": torch.tensor(factor.tokens), "diagonal": factor.diagonal, **blocks}
+
+
+def _factor(parts: dict[str, Tensor]) -> OutputFactor:
+    tokens, diagonal = int(parts.pop("tokens")), parts.pop("diagonal")
+    return OutputFactor(tokens, diagonal, tuple(parts[key] for key in sorted(parts, key=natural)))
+
+
+@contextmanager
+def output_factors(session: Session) -> Iterator[OutputFactors]:
+    """The factors that the recipe asks for; inside, they are there."""
+    wanted, run = session.job.recipe.output, session.run
+    if wanted.factor == "none" or session.samples is None:
+        yield OutputFactors()
+        return
+    with contextlib.ExitStack() as leaving:
+        if run.journal.folder is None:
+            folder = Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
+        else:
+            folder = run.journal.folder / "steps" / _NAME
+        if run.ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+        samples = session.samples
+        count = output_count(session.job.recipe, len(samples), samples.seqlen)
+        asked = samples.first(max(run.ranks.size, count))
+        visitor = _Factors(session.job, wanted.factor or "none", folder)
+        walk_back(
+            run,
+            session.job.stack,
+            asked,
+            [visitor],
+            end=_End(session, asked),
+            name=_NAME,
+            phase="asking the output",
+        )
+        yield OutputFactors(folder)
+
+
+@final
+class _Factors(Visitor):
+    """Writes the factors of every block to a file."""
+
+    def __init__(self, job: Job, factor: Factor, folder: Path) -> None:
+        self.job, self.factor, self.folder = job, factor, folder
+        self.seen: Mapping[str, OutputAccumulator] = {}
+
+    @contextmanager
+    def around(self, block: Block) -> Iterator[None]:
+        linears = self.job.by_block[block.index]
+        with watch_gradients(linears, self.factor, block.streams[_NAME]) as self.seen:
+            yield
+        self.seen = {}
+
+    def visit(self, block: Block) -> None:
+        ranks = block.run.ranks
+        for accumulator in self.seen.values():
+            _add_up(accumulator, ranks)
+        if not ranks.first:
+            return
+        parts = {
+            f"{name}/{part}": value.cpu()
+            for name, accumulator in self.seen.items()
+            for part, value in _parts(accumulator.finish()).items()
+        }
+        path = _file(self.folder, block.index)
+        with durable.writing(path), durable.beside(path) as temporary:
+            write_tensors(temporary, parts)
+
+
+def _add_up(accumulator: OutputAccumulator, ranks: Ranks) -> None:
+    if ranks.several:
+        tokens = torch.tensor(accumulator.tokens)
+        ranks.sum([tokens, *accumulator.sums])
+        accumulator.tokens = int(tokens)
+
+
+@final
+class _End:
+    """What the output says: tokens drawn from what the model predicts, or noise on its features."""
+
+    def __init__(self, session: Session, samples: Samples) -> None:
+        self.job, self.seed = session.job, session.job.recipe.seed
+        self.first = session.run.ranks.here(samples).start
+
+    def __call__(self, stream: Stream, chunk: int) -> Tensor:
+        stack, part = stream.stack, stream.slices[chunk]
+        seeds = [_seed(self.seed, self.first + sample) for sample in range(part.start, part.stop)]
+        if not predicts_tokens(stack.model):
+            return gradient_of_features(stack, stream, chunk, seeds)
+        vocabulary = int(stack.config.get_text_config().vocab_size)
+        rows = max(16, LOGIT_BYTES // (4 * vocabulary))
+        return gradient_of_drawn_tokens(stack, stream, chunk, seeds, rows)
+
+
+def _seed(seed: int, sample: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"output {seed} {sample}".encode()).digest()[:7])
