@@ -26,10 +26,14 @@ def lifelike_output(
 
 
 def damped_exactly(G: OutputFactor, damp: float = 0.05) -> Tensor:
-    """[out, out] float64: the diagonal blocks of G over its mean, with its damping."""
+    """[out, out] float64: the diagonal blocks of G over its mean, with its damping, and less of what few tokens say."""
     share = damp * (1 + len(G.diagonal) / G.tokens)
-    dense = torch.block_diag(*G.blocks) if G.blocks else torch.diag(G.diagonal)
-    return dense.double() / float(G.diagonal.mean()) + share * torch.eye(len(dense), dtype=torch.float64)
+    parts = []
+    for part in G.blocks or [torch.diag(G.diagonal)]:
+        believed = G.tokens / (G.tokens + 8 * len(part))
+        parts.append(believed * part + (1 - believed) * torch.diag(part.diagonal()))
+    dense = torch.block_diag(*parts).double() / float(G.diagonal.mean())
+    return dense + share * torch.eye(len(dense), dtype=torch.float64)
 
 
 def refit_exactly(W_OI: Tensor, mask_OI: Tensor, H_II: Tensor, G_OO: Tensor, damp: float = 0.01) -> Tensor:

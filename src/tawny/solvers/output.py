@@ -2,10 +2,14 @@
 
 With m the mean of G's diagonal and d the damping, as a share of it,
 
-    G + d·m·I = m · R Gn R,   R = diag(r),   r_i = √(G_ii / m + d),   diag(Gn) = 1.
+    G + d·m·I = m · R C R,   R = diag(r),   r_i = √(G_ii / m + d),   diag(C) = 1,   and   Gn = k·C + (1 − k)·I.
 
-d = damp·(1 + out / tokens): the mean of `tokens` gradients of `out` numbers is off by about √(out / tokens) of itself, so where
-few tokens were seen, as by an expert, all outputs count more alike. What no token made felt has r = √d, so nothing divides by 0.
+d = damp·(1 + out / tokens), so where few tokens were seen, as by an expert, outputs count more alike. What no token made felt
+has r = √d, so nothing divides by 0. How outputs go together takes more tokens to know than how loud each is: the mean of T
+independent gradients of n numbers is off by about √(n/T) of itself, and solvers find the directions that chance made small. So
+only k = T/(T + n) of what lies off the diagonal is believed (Ledoit & Wolf 2004), T being an eighth of the tokens, since theirs
+are of very different sizes, and those of one text are alike. Judged by gradients that were held out (SmolLM2, ALPS, 60 %), the
+error of a weight `[1536, 576]` was 4 % smaller with G of 4096 tokens than without it if all was believed, and is 28 % smaller so.
 
 Shapes: O = out, R = rows of a diagonal block, I = in.
 """
@@ -26,14 +30,14 @@ from tawny.errors import NumericalError
 from tawny.patterns import Pattern, Scope, Unstructured
 
 DAMP = 0.05
+_ALIKE = 8  # tokens that tell as much as an independent one
 
 
 @dataclass(frozen=True)
 class Damped:
-    """G with damping, apart from its mean."""
+    """R and Gn."""
 
     output: OutputFactor
-    share: float  # d, as above
     root_O: Tensor  # r, as above, float32
 
     @property
@@ -48,16 +52,18 @@ class Damped:
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
     def blocks(self) -> Iterator[Tensor]:
-        """[R, R] float32 of each diagonal block: Gn, made when its turn comes."""
+        """[R, R] float32 of each diagonal block: Gn, as above, made when its turn comes."""
         mean = self.output.mean
         for rows, G_RR in zip(self.places, self.output.blocks, strict=True):
             root_R = self.root_O[rows]
-            Gn_RR = (G_RR / (mean * root_R)).div_(root_R[:, None])
+            independent = self.output.tokens / _ALIKE
+            believed = independent / (independent + len(G_RR))
+            Gn_RR = (G_RR / (mean / believed * root_R)).div_(root_R[:, None])
             Gn_RR.fill_diagonal_(1.0)
             yield Gn_RR
 
     def through(self, W_OI: Tensor) -> Tensor:
-        """A new V with VᵀV = Wᵀ (G / m + d·I) W."""
+        """A new V with VᵀV = Wᵀ R Gn R W."""
         V_OI = W_OI * self.root_O[:, None]
         if self.whole:
             for rows, Gn_RR in zip(self.places, self.blocks(), strict=True):
@@ -82,7 +88,7 @@ def damped(output: OutputFactor | None, damp: float = DAMP) -> Damped | None:
     if output.tokens <= 0 or mean <= 0:
         return None
     share = damp * (1 + len(output.diagonal) / output.tokens)
-    return Damped(output, share, (output.diagonal / mean).clamp_(min=0).add_(share).sqrt_())
+    return Damped(output, (output.diagonal / mean).clamp_(min=0).add_(share).sqrt_())
 
 
 def roots(output: OutputFactor | None) -> Tensor | None:
