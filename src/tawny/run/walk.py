@@ -174,7 +174,7 @@ def walk_back(
     else:
         run.progress.phase(f"{phase}: head", len(stream), "chunks")
         for chunk in range(len(stream)):
-            with run.clock("backward"):
+            with run.clock("backward"), _with_gradient(stack, "the head"):
                 stream.hidden[chunk] = _finite(end(stream, chunk), "the model's head")
             run.progress.step(f"chunk {chunk}")
         if stream.walks_alone:
@@ -183,7 +183,8 @@ def walk_back(
     for index in reversed(range(left)):
         with _at(Block(run, stack, index, {name: stream}, {name}), visitors), run.clock("backward"):
             for chunk, hidden in enumerate(entering.of[index]):
-                felt = _back(stack, index, hidden, stream.call(index, chunk), stream.hidden[chunk])
+                with _with_gradient(stack, stack.name(index)):
+                    felt = _back(stack, index, hidden, stream.call(index, chunk), stream.hidden[chunk])
                 stream.hidden[chunk] = _finite(felt, stack.name(index))
         stream.depth = index
         entering.drop(index)
@@ -215,20 +216,24 @@ class _Entering(Visitor):
 def _back(stack: Stack, index: int, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
     """The gradient at the inputs of a block from that at its outputs."""
     leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        output = stack.differentiable(index, leaf.clone(), call)  # a copy, which a block may change in place
+    (felt,) = torch.autograd.grad(output, leaf, gradient.to(output.dtype))
+    return felt
+
+
+@contextmanager
+def _with_gradient(stack: Stack, where: str) -> Iterator[None]:
+    """Inside, what torch cannot differentiate ends in one line."""
     try:
-        with torch.enable_grad():
-            output = stack.differentiable(
-                index, leaf.clone(), call
-            )  # a copy, which a block may change in place
-        (felt,) = torch.autograd.grad(output, leaf, gradient.to(output.dtype))
+        yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise ModelError(
-            f"{stack.name(index)} of {type(stack.model).__name__} has no gradient ({first_line(error)}); leave out what the "
-            "output feels (-o output=none)"
+            f"{where} of {type(stack.model).__name__} has no gradient ({first_line(error)}); ask nothing of the output "
+            "(-o output=none)"
         ) from error
-    return felt
 
 
 def _finite(gradient: Tensor, where: str) -> Tensor:
