@@ -33,6 +33,7 @@ from tawny.run.memory import HELD_BYTES, held_bytes
 from tawny.run.walk import Block
 from tawny.solvers.base import Solution, reconstruction_error
 from tawny.solvers.grid import Grid
+from tawny.solvers.output import damped
 from tawny.solvers.refit import refit
 
 # The samples of a walk that prunes: behind the pruned blocks, and behind the dense ones.
@@ -193,7 +194,7 @@ class PrunedBlock:
             The solution; its relative error and what that was measured by, if it had to be known; notes for the record.
         """
         job, session, notes, measured = self.job, self.session, {}, None
-        grid = self.grid(linear)
+        grid, factor = self.grid(linear), self.factors.get(linear.name)
         try:
             with session.run.clock("solve"):
                 solution: Solution = job.weight_solver.solve(
@@ -203,18 +204,27 @@ class PrunedBlock:
                     target,
                     prepared=self._prepare(statistics),
                     grid=None if grid is None else grid.suiting(W_OI),
-                    output=self.factors.get(linear.name),
+                    output=factor,
                 )
             if job.recipe.refit:
                 measured = self.measure(W_OI, solution.weight, statistics, solution.lost)
             if measured is not None and measured[0] > 0:
                 assert statistics is not None and statistics.hessian is not None
                 notes["before_refit"] = measured[0]
+                H_II, G = statistics.hessian, None if factor is None else damped(factor)
                 with session.run.clock("refit"):
-                    refitted, left = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
+                    refitted, left = refit(W_OI, solution.mask, H_II, start=solution.weight, output=G)
                 better = self.measure(W_OI, refitted, statistics, left)
-                # Its damped objective and the error here are not quite the same thing.
-                if better[0] < measured[0]:
+                # Its damped objective is not quite what is judged here.
+                if factor is None:
+                    falls = better[0] < measured[0]
+                else:
+                    before, after = (
+                        factor.felt(W_OI - x_OI, H_II, statistics.tokens)
+                        for x_OI in (solution.weight, refitted)
+                    )
+                    falls = after < before
+                if falls:
                     solution.weight, measured = refitted, better
         except NumericalError as error:
             raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error
