@@ -234,8 +234,8 @@ class Recipe:
             raise RecipeError(
                 f"version {show(version)} of recipes is unknown to this Tawny, which reads 1 and 2"
             )
-        if version == 1:  # said of every recipe in a run.json from before outputs were asked
-            values.setdefault("output", "none")
+        if version == 1 and not values.get("output"):  # of a run from before outputs were asked
+            values["output"] = "none"
         compat = values.get("compat")
         # Asked before it is handed down, so that the error names the right key.
         if compat not in (None, "official"):

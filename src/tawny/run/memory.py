@@ -303,8 +303,10 @@ class Demand:
         one = self.felt * self.seqlen * stack.hidden_bytes
         kept = one if spill else one * (len(stack) + 1)
         blocks = max(sum(factor_bytes(x.shape[0], self.factor) for x in linears) for linears in self.by_block)
+        vocabulary = getattr(stack.config.get_text_config(), "vocab_size", 0)
+        logits = min(LOGIT_BYTES, 4 * vocabulary * self.seqlen)
         return {
-            "head": {**base, "head": stack.late_bytes, "hidden_states": kept, "logits": 3 * LOGIT_BYTES},
+            "head": {**base, "head": stack.late_bytes, "hidden_states": kept, "logits": 3 * logits},
             "backward": {
                 **walked,
                 "block": self.block_bytes(),
@@ -393,9 +395,10 @@ def place(demand: Demanding, budget: int | None, available: int | None = None) -
     top = ", ".join(
         f"{k.replace('_', ' ')} {_gigabytes(v)}" for k, v in sorted(parts.items(), key=_second)[:3]
     )
+    fewer = "take fewer --samples" if "factors" not in parts else "ask less of the output (-o output=rows)"
     raise RecipeError(
         f"memory {_gigabytes(budget)} cannot hold this run, with hidden states on disk either: it takes at least "
-        f"{_gigabytes(math.ceil(smallest / 1e7) * 10**7)} ({top}); give that, or take fewer --samples"
+        f"{_gigabytes(math.ceil(smallest / 1e7) * 10**7)} ({top}); give that, or {fewer}"
     )
 
 
