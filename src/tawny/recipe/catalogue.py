@@ -49,6 +49,7 @@ _KEYS = {
     "refit": "move the survivors of each mask to their least squares (also solver.refit)",
     "refine": "epochs of training what a pruned block has left to give the dense block's outputs, and how",
     "values": "kinds that survivors are solved for, or bits to share among linears",
+    "output": "how much the solver knows of what the model's output feels: none, rows or whole; tokens that are asked",
     "compat": "official: OWL's ratios, Wanda's counts and Alpha's tails as their authors' code has them, but for n:m",
     "profile_samples": "how many samples the profile uses; nothing is enough for a steady one",
     "device": "where blocks run",
