@@ -18,7 +18,7 @@ from tawny.model.stack import live_stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import write_tensors
 from tawny.progress import silent
-from tawny.pruning.output import OutputFactors, _factor, _file, _parts
+from tawny.pruning.factors import OutputFactors, factor_of, file_of, parts_of
 from tawny.run.run import Run
 from tawny.run.walk import Visitor, walk_back
 from tests.encoders import inputs_for, tiny_encoder
@@ -148,14 +148,14 @@ def test_a_draw_is_where_the_summed_chances_pass_a_number(size, seed):
 
 
 @pytest.mark.parametrize("factor", ["rows", "whole"])
-def test_factors_come_back_from_their_file(factor, tmp_path):
+def test_factors_come_back_from_theirfile_of(factor, tmp_path):
     accumulator = OutputAccumulator(5000 if factor == "whole" else 7, factor)
     accumulator.add(torch.randn(3, 5000 if factor == "whole" else 7))
     written = accumulator.finish()
-    parts = {f"a.b/{key}": value for key, value in _parts(written).items()}
-    write_tensors(_file(tmp_path, 4), parts)
+    parts = {f"a.b/{key}": value for key, value in parts_of(written).items()}
+    write_tensors(file_of(tmp_path, 4), parts)
     read = OutputFactors(tmp_path).of(4, torch.device("cpu"))["a.b"]
     assert read.tokens == 3 and torch.equal(read.diagonal, written.diagonal)
     assert len(read.blocks) == len(written.blocks) == (3 if factor == "whole" else 0)
     assert all(torch.equal(a, b) for a, b in zip(read.blocks, written.blocks, strict=True))
-    assert OutputFactors().of(0, torch.device("cpu")) == {} and _factor(_parts(written)).tokens == 3
+    assert OutputFactors().of(0, torch.device("cpu")) == {} and factor_of(parts_of(written)).tokens == 3

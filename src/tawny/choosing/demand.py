@@ -132,10 +132,16 @@ class SearchDemand:
         phases = levels.before_walks(base)
         if not any(levels.by_block):
             return phases
+        if levels.felt:
+            phases |= levels.feeling_phases(base, base, spill=spill)
         walked = 0 if spill else levels.samples * levels.seqlen * stack.hidden_bytes
         block, profiled = levels.block_bytes(), levels.profiled * levels.seqlen * stack.hidden_bytes
         solving = {**base, "block": block, "hidden_states": walked + profiled + self.held_out}
-        work = max(levels.solver.workspace(*x.shape) for linears in levels.by_block for x in linears)
+        work = max(
+            levels.solver.workspace(*x.shape, output=levels.factor)
+            for linears in levels.by_block
+            for x in linears
+        )
         phases["levels"] = {
             **solving,
             "statistics": levels.observing(self.collected, at_once=True),

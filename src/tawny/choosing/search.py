@@ -50,6 +50,7 @@ from tawny.model.trust import opens_models
 from tawny.patterns import Blocks, Rank
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
+from tawny.pruning.output import asking_output
 from tawny.pruning.prepare import Job
 from tawny.pruning.profiling import allocate
 from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
@@ -127,8 +128,8 @@ def search(
         calibration=given,
         alone=True,
     ) as session:
-        with session.run.clock("search"):
-            facts = session.run.journal.once("search", lambda: _search(session, settings))
+        with session.run.clock("search"), asking_output(session) as asked:
+            facts = session.run.journal.once("search", lambda: _search(asked, settings))
         searched = tell(session, settings, facts, None if out is None else str(out))
         if session.place is not None:
             write(searched, session)

@@ -9,14 +9,12 @@ __all__ = ["DENSE", "PRUNED", "PrunedBlock", "pattern_at"]
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from tawny.calibration.observe import Observation, Stage, observe
-from tawny.calibration.output import OutputFactor
 from tawny.calibration.statistics import Statistics
 from tawny.calibration.suspended import can_suspend, in_lockstep
 from tawny.errors import NumericalError
@@ -53,13 +51,7 @@ class PrunedBlock:
     """
 
     def __init__(
-        self,
-        session: Session,
-        block: Block,
-        allocation: Mapping[str, float],
-        *,
-        keep: bool = False,
-        factors: Mapping[str, OutputFactor] = MappingProxyType({}),
+        self, session: Session, block: Block, allocation: Mapping[str, float], *, keep: bool = False
     ) -> None:
         self.session, self.block, self.allocation = session, block, allocation
         self.job, self.index = session.job, block.index
@@ -67,7 +59,7 @@ class PrunedBlock:
         self.stream = block.streams.get(PRUNED)
         self.outliers = OutlierCount(self.job.allocator.outlier_M, self.job.stack.look)
         self.solved: dict[str, Tensor] | None = {} if keep else None
-        self.factors = factors
+        self.factors = session.factors.of(block.index, self.job.stack.device)
         self.stage = 0
         self.warned = len(session.record.warnings)
         self._prepared: tuple[Statistics, Any] | None = None

@@ -1,17 +1,18 @@
 """Ask the output: the backward walk, and the factors G of every linear that it leaves behind for the solvers.
 
-It comes first, on the dense model, from the first tokens of the calibration. The factors of a block lie in a file until the
-block is pruned, since those of all blocks may be larger than the model.
+It comes first, on the dense model, from the first tokens of the calibration. The factors of all blocks may be larger than the
+model, so each block has a file of them.
 """
 
 from __future__ import annotations
 
-__all__ = ["OutputFactors", "output_factors"]
+__all__ = ["asking_output"]
 
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import final
@@ -22,7 +23,6 @@ from torch import Tensor
 from tawny.calibration.output import (
     Factor,
     OutputAccumulator,
-    OutputFactor,
     gradient_of_drawn_tokens,
     gradient_of_features,
     watch_gradients,
@@ -30,7 +30,8 @@ from tawny.calibration.output import (
 from tawny.model import durable
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import predicts_tokens
-from tawny.model.tensorfile import natural, read_tensors, write_tensors
+from tawny.model.tensorfile import write_tensors
+from tawny.pruning.factors import OutputFactors, file_of, parts_of
 from tawny.pruning.prepare import Job, output_count
 from tawny.pruning.session import Session
 from tawny.run.memory import LOGIT_BYTES
@@ -40,48 +41,12 @@ from tawny.run.walk import Block, Visitor, walk_back
 _NAME = "output"
 
 
-@final
-class OutputFactors:
-    """The factors of a model's linears, in a file for each block; of none where nothing was asked.
-
-    Args:
-        folder: where they are; None: nothing was asked.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-
-    def of(self, block: int, device: torch.device) -> dict[str, OutputFactor]:
-        """By linear name, those of one block."""
-        if self._folder is None:
-            return {}
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, value in read_tensors(_file(self._folder, block)).items():
-            name, _, part = key.rpartition("/")
-            found.setdefault(name, {})[part] = value.to(device)
-        return {name: _factor(parts) for name, parts in found.items()}
-
-
-def _file(folder: Path, block: int) -> Path:
-    return folder / f"{block:05d}.safetensors"
-
-
-def _parts(factor: OutputFactor) -> dict[str, Tensor]:
-    blocks = {str(place): G_RR for place, G_RR in enumerate(factor.blocks)}
-    return {"tokens": torch.tensor(factor.tokens), "diagonal": factor.diagonal, **blocks}
-
-
-def _factor(parts: dict[str, Tensor]) -> OutputFactor:
-    tokens, diagonal = int(parts.pop("tokens")), parts.pop("diagonal")
-    return OutputFactor(tokens, diagonal, tuple(parts[key] for key in sorted(parts, key=natural)))
-
-
 @contextmanager
-def output_factors(session: Session) -> Iterator[OutputFactors]:
-    """The factors that the recipe asks for; inside, they are there."""
+def asking_output(session: Session) -> Iterator[Session]:
+    """The session with the factors that its recipe asks for; they are there until the end of the context."""
     wanted, run = session.job.recipe.output, session.run
     if wanted.factor == "none" or session.samples is None:
-        yield OutputFactors()
+        yield session
         return
     with contextlib.ExitStack() as leaving:
         if run.journal.folder is None:
@@ -103,7 +68,7 @@ def output_factors(session: Session) -> Iterator[OutputFactors]:
             name=_NAME,
             phase="asking the output",
         )
-        yield OutputFactors(folder)
+        yield replace(session, factors=OutputFactors(folder))
 
 
 @final
@@ -130,9 +95,9 @@ class _Factors(Visitor):
         parts = {
             f"{name}/{part}": value.cpu()
             for name, accumulator in self.seen.items()
-            for part, value in _parts(accumulator.finish()).items()
+            for part, value in parts_of(accumulator.finish()).items()
         }
-        path = _file(self.folder, block.index)
+        path = file_of(self.folder, block.index)
         with durable.writing(path), durable.beside(path) as temporary:
             write_tensors(temporary, parts)
 

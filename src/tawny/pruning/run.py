@@ -25,7 +25,7 @@ from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.block import PRUNED
 from tawny.pruning.blocks import choose_blocks
-from tawny.pruning.output import output_factors
+from tawny.pruning.output import asking_output
 from tawny.pruning.prepare import demand_of, notices
 from tawny.pruning.profiling import profile_walk, spend
 from tawny.pruning.refine import holds_out
@@ -112,8 +112,8 @@ def prune(
         tokenizer=tokenizer,
         calibration=given,
     ) as session:
-        with output_factors(session) as factors:
-            solve = Solve(session, _allocate(session), factors)
+        with asking_output(session) as session:
+            solve = Solve(session, _allocate(session))
             visitors = [solve, Refine(solve), Advance(PRUNED), Write(session)]
             walk(
                 session.run,

@@ -45,6 +45,7 @@ from tawny.model.streams import Samples
 from tawny.model.structure import PIXELS, evaluating, input_of, predicts_tokens
 from tawny.precision import products
 from tawny.progress import Progress, silent
+from tawny.pruning.factors import OutputFactors
 from tawny.pruning.prepare import Job, prepare
 from tawny.recipe.schema import Recipe
 from tawny.record import Record
@@ -92,6 +93,7 @@ class Session:
         placement: what is kept in memory and what on disk; None where nothing was placed.
         place: where it writes; None where nothing is written.
         output: what writes a checkpoint there, in the first process.
+        factors: what the model's output feels of each linear; of none where it was not asked.
         beside: the tokenizer or processor of a live model, which is written beside it; None where nobody gave one, and
             where the source's files are carried along.
     """
@@ -105,6 +107,7 @@ class Session:
     output: CheckpointWriter | None
     record: Record
     beside: Any = None
+    factors: OutputFactors = field(default_factory=OutputFactors)
 
 
 @contextmanager

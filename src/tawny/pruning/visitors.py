@@ -18,7 +18,6 @@ from tawny.precision import DTYPES, cast
 from tawny.pruning.block import DENSE, PRUNED, PrunedBlock
 from tawny.pruning.blocks import remove_block
 from tawny.pruning.members import solve_members
-from tawny.pruning.output import OutputFactors
 from tawny.pruning.refine import refine
 from tawny.pruning.session import Session
 from tawny.record import LinearRecord
@@ -43,11 +42,8 @@ class Solve(Visitor):
 
     pruned: PrunedBlock
 
-    def __init__(
-        self, session: Session, allocation: Mapping[str, float], factors: OutputFactors | None = None
-    ) -> None:
+    def __init__(self, session: Session, allocation: Mapping[str, float]) -> None:
         self.session, self.allocation = session, allocation
-        self.factors = factors or OutputFactors()
 
     def begin(self, kept: Mapping[str, Any]) -> None:
         record = self.session.record
@@ -60,9 +56,7 @@ class Solve(Visitor):
 
     @contextmanager
     def around(self, block: Block) -> Iterator[None]:
-        factors = self.factors.of(block.index, block.stack.device)
-        keep = DENSE in block.streams
-        self.pruned = PrunedBlock(self.session, block, self.allocation, keep=keep, factors=factors)
+        self.pruned = PrunedBlock(self.session, block, self.allocation, keep=DENSE in block.streams)
         yield
         self.pruned.note_outliers()
 

@@ -165,7 +165,7 @@ class Demand:
                 parts["logits"] = 4 * LOGIT_BYTES
             phases["choose"] = {**base, **parts}
         if self.felt:
-            phases |= self._feeling_phases(base, walked, spill=spill)
+            phases |= self.feeling_phases(base, walked, spill=spill)
         hidden = 0
         if self.needs != "none" or self.refining:
             hidden = 0 if spill else self.samples * self.seqlen * stack.hidden_bytes
@@ -295,7 +295,7 @@ class Demand:
         kept = math.ceil(2 * max(CHUNK_TOKENS, self.seqlen) * widths * self.stack.compute.itemsize)
         return kept + 3 * self._scores_bytes() + self._mask_bytes()
 
-    def _feeling_phases(
+    def feeling_phases(
         self, base: Mapping[str, int], walked: Mapping[str, int], *, spill: bool
     ) -> dict[str, dict[str, int]]:
         """The backward walk: the head, and then each block; what enters every block is kept in memory or on disk."""
