@@ -154,8 +154,10 @@ def test_factors_come_back_from_theirfile_of(factor, tmp_path):
     written = accumulator.finish()
     parts = {f"a.b/{key}": value for key, value in parts_of(written).items()}
     write_tensors(file_of(tmp_path, 4), parts)
-    read = OutputFactors(tmp_path).of(4, torch.device("cpu"))["a.b"]
+    read = OutputFactors(tmp_path).of(4, torch.device("cpu"), "whole")["a.b"]
     assert read.tokens == 3 and torch.equal(read.diagonal, written.diagonal)
     assert len(read.blocks) == len(written.blocks) == (3 if factor == "whole" else 0)
     assert all(torch.equal(a, b) for a, b in zip(read.blocks, written.blocks, strict=True))
-    assert OutputFactors().of(0, torch.device("cpu")) == {} and factor_of(parts_of(written)).tokens == 3
+    assert (
+        OutputFactors().of(0, torch.device("cpu"), "rows") == {} and factor_of(parts_of(written)).tokens == 3
+    )

@@ -256,3 +256,13 @@ def test_a_plan_counts_the_experts_that_a_token_goes_to(monkeypatch):
     assert halved / plan_module.forward_seconds(stack) == pytest.approx(
         (every - experts / 2) / every, rel=1e-6
     )
+
+
+def test_curves_ask_the_output_where_the_solver_does_not():
+    model, data = tiny_model("llama"), {"calibration": tokens()}
+    report = tawny.profile(model, allocators=["curves", "blend"], sparsity=0.6, **data)
+    assert sum(report.allocations["curves"]) / len(model.model.layers) == pytest.approx(0.6, abs=1e-3)
+    record = tawny.prune(model, allocator="curves", solver="wanda", output="none", sparsity=0.6, **data)
+    assert record.sparsity == pytest.approx(0.6, abs=1e-3) and "backward" in record.seconds
+    linears = {name: value for name, value in record.allocation.items() if ".layers.0." in name}
+    assert len(set(linears.values())) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.atp import Atp
 from tawny.allocation.blend import Blend
+from tawny.allocation.curves import Curves
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.er import Er, ErPlus
 from tawny.allocation.file import File
@@ -22,6 +23,7 @@ __all__ = [
     "Alpha",
     "Atp",
     "Blend",
+    "Curves",
     "Dlp",
     "Er",
     "ErPlus",

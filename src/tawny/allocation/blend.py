@@ -19,6 +19,7 @@ from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.joint import Joint
 from tawny.allocation.profile import Allocator, LinearInfo, Linears, Profile
 from tawny.allocation.registry import SINGLE
+from tawny.calibration.output import Factor
 from tawny.calibration.statistics import Needs
 from tawny.errors import RecipeError, check_option, nearest
 
@@ -52,6 +53,10 @@ class Blend(Allocator):
     @property
     def needs(self) -> Needs:
         return self.members.needs
+
+    @property
+    def output(self) -> Factor:
+        return self.members.output
 
     @property
     def measures_weights(self) -> bool:

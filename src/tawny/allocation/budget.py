@@ -19,6 +19,7 @@ from tawny.patterns import removed_count
 
 __all__ = [
     "Allocation",
+    "bisect",
     "exact",
     "given_blocks",
     "given_members",
@@ -348,7 +349,7 @@ def _shift(
         return shifted(t)
     # Water-filling: the mean rises with t, from `low` for all to `high` for all.
     return shifted(
-        _bisect(
+        bisect(
             lambda t: mean(shifted(t)) - target,
             low - max(raw.values()),
             max(most.values()) - min(raw.values()),
@@ -356,7 +357,8 @@ def _shift(
     )
 
 
-def _bisect(rising: Callable[[float], float], below: float, above: float) -> float:
+def bisect(rising: Callable[[float], float], below: float, above: float) -> float:
+    """Where `rising` reaches 0 between `below` and `above`."""
     for _ in range(200):
         middle = (below + above) / 2
         if rising(middle) < 0:

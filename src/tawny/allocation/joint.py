@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from tawny.allocation.owl import measure_outliers
 from tawny.allocation.profile import Allocator, Linears, Measuring, Profile, largest
+from tawny.calibration.output import Factor, most_felt
 from tawny.calibration.statistics import Needs, most
 
 
@@ -22,6 +23,10 @@ class Joint:
     @property
     def needs(self) -> Needs:
         return most(allocator.needs for allocator in self.allocators.values())
+
+    @property
+    def output(self) -> Factor:
+        return most_felt(allocator.output for allocator in self.allocators.values())
 
     @property
     def measuring(self) -> dict[str, Allocator]:
@@ -78,6 +83,10 @@ class Survey(Measuring):
     @property
     def needs(self) -> Needs:
         return most([self.joint.needs, "norms" if self.Ms else "none"])
+
+    @property
+    def output(self) -> Factor:
+        return self.joint.output
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Outliers are counted before the others measure."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from tawny.calibration.output import Factor
 from tawny.calibration.statistics import Needs, Statistics
 
 __all__ = ["Allocation", "Allocator", "LinearInfo", "Linears", "Measuring", "Profile", "largest"]
@@ -77,6 +78,11 @@ class Measuring(Protocol):
     @property
     def needs(self) -> Needs:
         """Statistics of the dense model that `measure` wants."""
+        return "none"
+
+    @property
+    def output(self) -> Factor:
+        """What of the output's factor `measure` wants beside these statistics."""
         return "none"
 
     @property

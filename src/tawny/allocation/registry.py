@@ -9,6 +9,7 @@ __all__ = ["SINGLE"]
 
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.atp import Atp
+from tawny.allocation.curves import Curves
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.er import Er, ErPlus
 from tawny.allocation.global_ import Global
@@ -27,4 +28,5 @@ SINGLE: dict[str, type[Allocator]] = {
     "alpha": Alpha,
     "atp": Atp,
     "lsa": Lsa,
+    "curves": Curves,
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = [
     "HalfBand",
     "band",
+    "bin_edges",
     "column_sums",
     "count_above",
     "exact_quantile",
@@ -103,6 +104,11 @@ def _bits(scores: Tensor) -> Tensor:
 def histogram(scores: Tensor) -> Tensor:
     """How many scores have each pattern of upper 16 bits: int64 `[65536]`, bin b holds the bit patterns b·2¹⁶ …"""
     return torch.bincount(_bits(scores) >> 16, minlength=BINS)
+
+
+def bin_edges(bins: Tensor) -> Tensor:
+    """float32: the lowest score of each of these bins of a histogram."""
+    return (bins.to(torch.int32) << 16).view(torch.float32)
 
 
 def exact_quantile(linears: Linears, score: Score, share: float = 0.5) -> float:

@@ -20,13 +20,14 @@ __all__ = [
     "factor_bytes",
     "gradient_of_drawn_tokens",
     "gradient_of_features",
+    "most_felt",
     "watch_gradients",
 ]
 
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -43,6 +44,11 @@ from tawny.precision import bfloat16_products
 Factor = Literal["none", "rows", "whole"]
 FACTORS: tuple[Factor, ...] = ("none", "rows", "whole")  # each holds what the ones before it tell
 BLOCK = 2048  # outputs: an eigenbasis of so many takes seconds
+
+
+def most_felt(wanted: Iterable[Factor]) -> Factor:
+    """What serves all of them."""
+    return max(wanted, key=FACTORS.index, default="none")
 
 
 @dataclass(frozen=True)

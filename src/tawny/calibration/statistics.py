@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tawny.calibration.output import OutputFactor
 from tawny.precision import bfloat16_products
 
 Needs = Literal["none", "norms", "moments", "hessian"]
@@ -44,12 +45,14 @@ class Statistics:
         sums: `[in]` float64, `Σ_t x_tj`, or None when only norms were asked for.
         hessian: `[in, in]` float32, `XᵀX`, or None when less was asked for. Until `round` is called on what
             `Accumulator.finish(exact=True)` made, float64 where it was added up in that.
+        output: what the model's output feels at this linear's outputs, where an allocator asks for it.
     """
 
     tokens: int
     squared_norms: Tensor
     hessian: Tensor | None = None
     sums: Tensor | None = None
+    output: OutputFactor | None = None
 
     def round(self) -> Statistics:
         """Itself, with the Hessian rounded to float32."""

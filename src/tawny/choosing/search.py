@@ -128,7 +128,10 @@ def search(
         calibration=given,
         alone=True,
     ) as session:
-        with session.run.clock("search"), asking_output(session) as asked:
+        with (
+            session.run.clock("search"),
+            asking_output(session, session.job.recipe.output.factor or "none") as asked,
+        ):
             facts = session.run.journal.once("search", lambda: _search(asked, settings))
         searched = tell(session, settings, facts, None if out is None else str(out))
         if session.place is not None:

@@ -193,7 +193,7 @@ def solve_levels(
     job = session.job
     rehearsal = rehearsing(session, samples, solver)
     given = {**samples_of(rehearsal), HELD_OUT: held_out}
-    profiling = None if survey is None else Profiling(job, survey)
+    profiling = None if survey is None else Profiling(job, survey, session.factors)
     if survey is not None and survey.needs != "none":
         given[PROFILED] = samples.first(profile_count(job.recipe, len(samples), samples.seqlen))
     visitors: list[Visitor] = [Restore(job), Advance(HELD_OUT), *([] if profiling is None else [profiling])]

@@ -59,7 +59,9 @@ class PrunedBlock:
         self.stream = block.streams.get(PRUNED)
         self.outliers = OutlierCount(self.job.allocator.outlier_M, self.job.stack.look)
         self.solved: dict[str, Tensor] | None = {} if keep else None
-        self.factors = session.factors.of(block.index, self.job.stack.device)
+        self.factors = session.factors.of(
+            block.index, self.job.stack.device, self.job.recipe.output.factor or "none"
+        )
         self.stage = 0
         self.warned = len(session.record.warnings)
         self._prepared: tuple[Statistics, Any] | None = None

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from tawny.calibration.output import OutputFactor
+from tawny.calibration.output import Factor, OutputFactor
 from tawny.model.tensorfile import natural, read_tensors
 
 
@@ -25,14 +25,15 @@ class OutputFactors:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
-    def of(self, block: int, device: torch.device) -> dict[str, OutputFactor]:
-        """By linear name, those of one block."""
-        if self._folder is None:
+    def of(self, block: int, device: torch.device, factor: Factor) -> dict[str, OutputFactor]:
+        """By linear name, those of one block; of what is there no more than `factor`."""
+        if self._folder is None or factor == "none":
             return {}
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in read_tensors(file_of(self._folder, block)).items():
             name, _, part = key.rpartition("/")
-            found.setdefault(name, {})[part] = value.to(device)
+            if factor == "whole" or not part.isdigit():
+                found.setdefault(name, {})[part] = value.to(device)
         return {name: factor_of(parts) for name, parts in found.items()}
 
 

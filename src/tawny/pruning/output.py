@@ -42,10 +42,10 @@ _NAME = "output"
 
 
 @contextmanager
-def asking_output(session: Session) -> Iterator[Session]:
-    """The session with the factors that its recipe asks for; they are there until the end of the context."""
-    wanted, run = session.job.recipe.output, session.run
-    if wanted.factor == "none" or session.samples is None:
+def asking_output(session: Session, factor: Factor) -> Iterator[Session]:
+    """The session with factors of every linear, if any are asked for; they are there until the end of the context."""
+    run = session.run
+    if factor == "none" or session.samples is None:
         yield session
         return
     with contextlib.ExitStack() as leaving:
@@ -58,7 +58,7 @@ def asking_output(session: Session) -> Iterator[Session]:
         samples = session.samples
         count = output_count(session.job.recipe, len(samples), samples.seqlen)
         asked = samples.first(max(run.ranks.size, count))
-        visitor = _Factors(session.job, wanted.factor or "none", folder)
+        visitor = _Factors(session.job, factor, folder)
         walk_back(
             run,
             session.job.stack,

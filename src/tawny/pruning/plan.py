@@ -127,7 +127,6 @@ def plan(
     budget = parse_size(memory)
     load, notes = load_of(job, budget) if job.needs_samples else (Load(wanted.samples, wanted.seqlen, 0), [])
     tokens = load.samples * load.seqlen if job.needs_samples else 0
-    factor = recipe.output.factor or "none"
     streams = 2 if recipe.refine.epochs else 1  # after pruned blocks, and after dense ones
     placement = place(demand_of(job, load), budget, available(job.stack.device))
     checkpoint = stack.checkpoint
@@ -136,10 +135,11 @@ def plan(
     most = written + min(written, SHARD_BYTES)
     most += (3 if placement.spill else 2) * streams * tokens * stack.hidden_bytes
     # The factors of the output lie there until the end, and what enters every block while they are made.
-    most += sum(factor_bytes(x.shape[0], factor) // 2 for x in infos if factor != "none")
-    if placement.spill:
-        felt = output_count(recipe, load.samples, load.seqlen) * load.seqlen
-        most += felt * len(stack) * stack.hidden_bytes
+    if job.factor != "none":
+        most += sum(factor_bytes(x.shape[0], job.factor) // 2 for x in infos)
+        if placement.spill:
+            felt = output_count(recipe, load.samples, load.seqlen) * load.seqlen
+            most += felt * len(stack) * stack.hidden_bytes
     if recipe.values.names:  # a packed folder is no larger
         most = max(most, 2 * written)
         notes += [
@@ -240,9 +240,10 @@ def seconds_of(job: Job, load: Load) -> dict[str, float]:
     tokens, factor = load.samples * load.seqlen, recipe.output.factor or "none"
     forward, exact = forward_seconds(stack), measured_speed(torch.float32)
     seconds = {"profile": 0.0, "forward": 0.0, "statistics": 0.0, "solve": 0.0}
-    if felt := load.seqlen * output_count(recipe, load.samples, load.seqlen):
+    if job.factor != "none":
         # Once to the end, and through each block and back, which of activations alone takes as long.
-        factors = sum(factor_bytes(x.shape[0], factor) / 8 for x in infos)
+        felt = load.seqlen * output_count(recipe, load.samples, load.seqlen)
+        factors = sum(factor_bytes(x.shape[0], job.factor) / 8 for x in infos)
         seconds["output"] = felt * (3 * forward + 2 * factors / exact)
     if job.allocator.needs != "none":
         count = profile_count(recipe, load.samples, load.seqlen)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tawny.allocation.profile import Allocator, LinearInfo
+from tawny.calibration.output import Factor, most_felt
 from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
 from tawny.model.biases import bias_settings
@@ -113,9 +114,14 @@ class Job:
         return "hessian" if self.recipe.refit else self.solver.needs
 
     @property
+    def factor(self) -> Factor:
+        """What is asked of the output: for the solves, and for what the allocator measures."""
+        return most_felt([self.recipe.output.factor or "none", self.allocator.output])
+
+    @property
     def needs_samples(self) -> bool:
         refining = self.recipe.refine.epochs > 0
-        asks = self.recipe.output.factor != "none" or refining or self.chooses_blocks
+        asks = self.factor != "none" or refining or self.chooses_blocks
         return asks or self.needs != "none" or self.allocator.needs != "none"
 
     @property
@@ -261,14 +267,14 @@ def profile_count(recipe: Recipe, samples: int, seqlen: int) -> int:
 
 
 def output_count(recipe: Recipe, samples: int, seqlen: int) -> int:
-    """How many of the samples are run backward; none where the output is not asked."""
-    asks = recipe.output.factor != "none"
-    return min(samples, math.ceil(recipe.output.tokens / seqlen)) if asks else 0
+    """How many of the samples are run backward, where the output is asked."""
+    return min(samples, math.ceil(recipe.output.tokens / seqlen))
 
 
 def demand_of(job: Job, load: Load) -> Demand:
     """What pruning asks of memory."""
     wanted = job.needs_samples
+    asks = job.factor != "none" and load.samples
     return Demand(
         job.stack,
         job.by_block,
@@ -279,8 +285,8 @@ def demand_of(job: Job, load: Load) -> Demand:
         seqlen=load.seqlen if wanted else 0,
         characters=load.characters if wanted else 0,
         profiled=profile_count(job.recipe, load.samples, load.seqlen) if wanted and load.samples else 0,
-        felt=output_count(job.recipe, load.samples, load.seqlen) if wanted and load.samples else 0,
-        factor=job.recipe.output.factor or "none",
+        felt=output_count(job.recipe, load.samples, load.seqlen) if asks else 0,
+        factor=job.factor,
         in_data_order=job.recipe.order == "data",
         refining=job.recipe.refine.epochs > 0,
         compared=_compared(job, load) if job.chooses_blocks else 0,

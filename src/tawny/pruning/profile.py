@@ -20,6 +20,7 @@ from tawny.errors import RecipeError
 from tawny.model.trust import opens_models
 from tawny.patterns import AnyPattern, Blocks, Members, Unstructured
 from tawny.progress import Progress, silent
+from tawny.pruning.output import asking_output
 from tawny.pruning.profiling import allocate, block_sparsities, profile_walk
 from tawny.pruning.session import Purpose, open_session, text_or_tokens
 from tawny.recipe.merge import resolve_recipe
@@ -103,7 +104,8 @@ def profile(
         if isinstance(pattern, Blocks | Members):
             progress.say(f"sparsities are shown as for single weights, not as whole {pattern}")
             pattern = Unstructured()
-        walked = profile_walk(session, survey)
+        with asking_output(session, survey.output) as asked:
+            walked = profile_walk(asked, survey)
     sizes = [walked.parameters(block) for block in range(walked.blocks)]
     return ProfileReport(
         source=session.job.source,

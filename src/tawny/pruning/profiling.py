@@ -19,6 +19,7 @@ __all__ = [
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -36,6 +37,7 @@ from tawny.allocation.budget import (
 )
 from tawny.allocation.profile import Allocation, Allocator, Measuring, Profile
 from tawny.calibration.observe import observe
+from tawny.calibration.output import OutputFactor
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError, TawnyError
 from tawny.kinds import kind_of
@@ -43,6 +45,7 @@ from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples
 from tawny.patterns import NM, AnyPattern, Blocks, Members, Rank
+from tawny.pruning.factors import OutputFactors
 from tawny.pruning.prepare import Job, profile_count
 from tawny.pruning.session import Session
 from tawny.run.walk import Block, Visitor, walk
@@ -53,13 +56,22 @@ PROFILED = "profiled"  # the samples that are observed
 class LazyWeights(Mapping[str, tuple[Tensor, Statistics | None]]):
     """The weights of one block in float32, each made when it is asked for and kept by nobody."""
 
-    def __init__(self, stack: Stack, linears: Sequence[Linear], statistics: Mapping[str, Statistics]) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        linears: Sequence[Linear],
+        statistics: Mapping[str, Statistics],
+        factors: Mapping[str, OutputFactor] = MappingProxyType({}),
+    ) -> None:
         self._stack = stack
         self._linears = {linear.name: linear for linear in linears}
-        self._statistics = statistics
+        self._statistics, self._factors = statistics, factors
 
     def __getitem__(self, name: str) -> tuple[Tensor, Statistics | None]:
-        return self._stack.weight(self._linears[name]), self._statistics.get(name)
+        seen = self._statistics.get(name)
+        if seen is not None and name in self._factors:
+            seen = replace(seen, output=self._factors[name])
+        return self._stack.weight(self._linears[name]), seen
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._linears)
@@ -93,7 +105,7 @@ def profile_walk(session: Session, measuring: Measuring) -> Profile:
         NumericalError: a weight is NaN or infinite; names the linear.
     """
     job, run = session.job, session.run
-    profiling = Profiling(job, measuring)
+    profiling = Profiling(job, measuring, session.factors)
     if measuring.measures_weights:
         samples: dict[str, Samples] = {}
         if measuring.needs != "none":
@@ -109,8 +121,8 @@ def profile_walk(session: Session, measuring: Measuring) -> Profile:
 class Profiling(Visitor):
     """Measures every block, which is dense, for one or several allocators; `PROFILED` goes through it meanwhile."""
 
-    def __init__(self, job: Job, measuring: Measuring) -> None:
-        self.job, self.measuring = job, measuring
+    def __init__(self, job: Job, measuring: Measuring, factors: OutputFactors) -> None:
+        self.job, self.measuring, self.factors = job, measuring, factors
         self.stages: dict[str, str] = {}
         self.measures: list[dict[str, Any]] = []
 
@@ -145,7 +157,8 @@ class Profiling(Visitor):
             statistics = seen.statistics
             ranks.add(statistics)
             self.stages |= {x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears}
-        inputs = LazyWeights(block.stack, linears, statistics)
+        factors = self.factors.of(block.index, block.stack.device, self.measuring.output)
+        inputs = LazyWeights(block.stack, linears, statistics, factors)
         inputs.check_finite()
         self.measures.append(ranks.same(self._measured(inputs, block.name) if ranks.first else {}))
 

@@ -112,7 +112,7 @@ def prune(
         tokenizer=tokenizer,
         calibration=given,
     ) as session:
-        with asking_output(session) as session:
+        with asking_output(session, session.job.factor) as session:
             solve = Solve(session, _allocate(session))
             visitors = [solve, Refine(solve), Advance(PRUNED), Write(session)]
             walk(
