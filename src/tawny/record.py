@@ -21,7 +21,8 @@ class LinearRecord:
     `error` is `tr(ΔHΔᵀ)/tr(WHWᵀ)` when a Hessian was known (`error_kind` "hessian"), the same with only H's diagonal
     ("norms"), or with the identity ("weights"). `outliers_before` and `outliers_after` count weights whose score is
     above `Record.outlier_M` times the block's mean; None where nothing was known of the inputs. `zeros` of a linear that is
-    rounded to a kind counts what was removed, and not what was rounded to 0.
+    rounded to a kind counts what was removed, and not what was rounded to 0. Where the output was asked, `notes` hold what it
+    feels of the change (`felt`, nats a token to second order) and the mean of the linear's factor (`output`).
     """
 
     name: str

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tawny.calibration.output import (
     OutputAccumulator,
+    OutputFactor,
     _drawn,
     gradient_of_drawn_tokens,
     gradient_of_features,
@@ -161,3 +162,9 @@ def test_factors_come_back_from_theirfile_of(factor, tmp_path):
     assert (
         OutputFactors().of(0, torch.device("cpu"), "rows") == {} and factor_of(parts_of(written)).tokens == 3
     )
+
+
+def test_norms_of_inputs_do_where_nobody_has_their_hessian():
+    factor = OutputFactor(9, torch.rand(5))
+    D, norms = torch.randn(5, 7), torch.rand(7)
+    assert factor.felt(D, norms, 3) == pytest.approx(factor.felt(D, torch.diag(norms), 3), rel=1e-5)

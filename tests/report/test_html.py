@@ -321,3 +321,13 @@ def test_training_that_helped_in_some_blocks_is_told_as_that():
     }
     assert "helped in 1 of 2 blocks" in Page(render_report(made)).text
     assert "helped in 1 of 2 blocks" in model_card(made)
+
+
+def test_what_the_output_feels_is_drawn_where_it_was_asked():
+    keys = {"sparsity": 0.6, "solver": "sparsegpt", "output": "rows", "compute": "float32"}
+    asked = json.loads(tawny.prune(tiny_model("llama"), calibration=tokens(), **keys).to_json())
+    assert all(linear["notes"]["felt"] > 0 < linear["notes"]["output"] for linear in asked["linears"])
+    page, plain = Page(render_report(asked)), Page(render_report(record()))
+    first = sum(linear["notes"]["felt"] for linear in asked["linears"] if linear["block"] == 0)
+    assert f"{first:.3g} nats" in page.text and "output feels" in page.text
+    assert "nats" not in plain.text and "output feels" not in plain.text

@@ -71,14 +71,14 @@ class OutputFactor:
         """The mean of the diagonal."""
         return float(self.diagonal.mean())
 
-    def felt(self, D_OI: Tensor, H_II: Tensor, tokens: int) -> float:
+    def felt(self, D_OI: Tensor, H: Tensor, tokens: int) -> float:
         """½ tr(G D H Dᵀ), in nats a token that the linear multiplies.
 
         Args:
             D_OI: what the weight changes by.
-            H_II: `XᵀX` of `tokens` inputs.
+            H: `XᵀX` of `tokens` inputs, `[in, in]` or its diagonal `[in]`.
         """
-        rows_OI = D_OI @ H_II
+        rows_OI = D_OI @ H if H.dim() == 2 else D_OI * H
         if not self.blocks:
             total = self.diagonal.double() @ torch.linalg.vecdot(rows_OI, D_OI).double()
         else:

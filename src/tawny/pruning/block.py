@@ -244,6 +244,7 @@ class PrunedBlock:
         )
         solution, measured, more = self.solution(linear, W_OI, known, target)
         lost, kind = measured or self.measure(W_OI, solution.weight, known, solution.lost)
+        notes |= self.felt(linear, W_OI, solution.weight, statistics)
         low = isinstance(job.budget_pattern, Rank)
         words = f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else "rank" if low else "unstructured"
         seconds = time.perf_counter() - start
@@ -317,6 +318,18 @@ class PrunedBlock:
     ) -> tuple[float, str]:
         with self.session.run.clock("error"):
             return relative_error(W_OI, pruned_OI, statistics, lost)
+
+    def felt(
+        self, linear: Linear, W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None
+    ) -> dict[str, float]:
+        """For the record, where the output was asked: what it feels of this change, and of the linear's outputs in the mean."""
+        factor, samples = self.factors.get(linear.name), self.session.samples
+        if factor is None or statistics is None or samples is None:
+            return {}
+        H = statistics.squared_norms.float() if statistics.hessian is None else statistics.hessian
+        with self.session.run.clock("error"):
+            felt = factor.felt(W_OI - pruned_OI, H, len(samples) * samples.seqlen)
+        return {"felt": felt, "output": factor.mean}
 
     def _prepare(self, statistics: Statistics | None) -> Any:
         """What the solver can compute once for linears that share an input; dropped with the stage."""

@@ -58,6 +58,7 @@ def solve_members(block: PrunedBlock, coupling: Coupling, statistics: Mapping[st
         error = block.measure(dense_OI, pruned_OI, seen[linear.name])
         first = linear is consumer
         notes = {"removed": removed, "members": coupling.members, **without.chosen.notes} if first else {}
+        notes |= block.felt(linear, dense_OI, pruned_OI, statistics.get(linear.name))
         seconds = time.perf_counter() - start if first else 0.0
         block.put(linear, pruned_OI, coupling.kind, error, seconds, notes)
 

@@ -38,7 +38,7 @@ _PANEL = 160  # height of one panel
 
 @dataclass(frozen=True)
 class DepthRow:
-    """One block: its index, its numbers (outliers in %, None where unknown), and the same in words, by field."""
+    """One block: its index, its numbers (outliers in %, `felt` in nats, None where unknown), and the same in words, by field."""
 
     block: int
     linears: int
@@ -46,13 +46,15 @@ class DepthRow:
     after: float | None
     sparsity: float
     error: float
+    felt: float | None
     texts: dict[str, str]
 
     @property
     def title(self) -> str:
         """The sentence that says its numbers."""
         said = [f"outliers {when} {self.texts[when]}" for when in self.counted]
-        parts = [f"block {self.block}", *said, *(f"{key} {self.texts[key]}" for key in ("sparsity", "error"))]
+        keys = ("sparsity", "error") if self.felt is None else ("sparsity", "error", "felt")
+        parts = [f"block {self.block}", *said, *(f"{key} {self.texts[key]}" for key in keys)]
         return ", ".join(parts)
 
     @property
@@ -77,6 +79,8 @@ def depth_figure(
     panels: list[tuple[str, Callable[[Any], None]]] = [(error, partial(_error, rows=rows))]
     if target is not None:
         panels.insert(0, ("Sparsity, %", partial(_sparsity, rows=rows, target=target)))
+    if all(row.felt is not None for row in rows):
+        panels.insert(0, ("What the output feels of this, nats a token", partial(_felt, rows=rows)))
     if any(row.counted for row in rows):
         panels.insert(0, (f"Outliers, % of weights above {M:g} × the mean", partial(_outliers, rows=rows)))
     limits = (rows[0].block - 0.5, rows[-1].block + 0.5)
@@ -198,6 +202,17 @@ def _sparsity(axis: Any, rows: Sequence[DepthRow], target: float) -> None:
     spread = max(2.0, *(abs(value - 100 * target) for value in values))
     low, high = 100 * target - 1.25 * spread, 100 * target + 1.25 * spread
     axis.set_ylim(max(low, -4.0), min(high, 104.0))
+
+
+def _felt(axis: Any, rows: Sequence[DepthRow]) -> None:
+    axis.bar(
+        [row.block for row in rows],
+        [row.felt for row in rows],
+        width=0.72,
+        color=PALETTE["accent"],
+        linewidth=0,
+    )
+    axis.set_ylim(bottom=0)
 
 
 def _error(axis: Any, rows: Sequence[DepthRow]) -> None:

@@ -87,6 +87,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "blocks": blocks,
         "knows_before": any("before" in row.counted for row in blocks),
         "knows_after": any("after" in row.counted for row in blocks),
+        "knows_felt": all(row.felt is not None for row in blocks),
         "figures": {
             name: depth_of(record, width=width, prefix=name) for name, width in WIDTHS.items() if blocks
         },
@@ -226,7 +227,11 @@ def _blocks(record: Mapping[str, Any], M: float) -> list[DepthRow]:
             "sparsity": percent(sparsity),
             "error": _share_text(100 * error),
         }
-        rows.append(DepthRow(block, len(members), before, after, sparsity, error, texts))
+        notes = [member.get("notes", {}).get("felt") for member in members]
+        felt = None if None in notes else sum(notes)
+        if felt is not None:
+            texts["felt"] = f"{felt:.3g} nats"
+        rows.append(DepthRow(block, len(members), before, after, sparsity, error, felt, texts))
     return rows
 
 
