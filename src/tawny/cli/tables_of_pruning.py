@@ -15,7 +15,9 @@ from tawny.words import bar, percent
 def recipe_words(recipe: Result, reads_text: bool, seqlen: int) -> str:
     """The recipe in a line; a sample of its calibration makes `seqlen` hidden states."""
     text = recipe["calibration"]
-    steps = " + refit" if recipe.get("refit") else ""
+    factor = recipe.get("output", {}).get("factor", "none")
+    steps = f" + output {factor}" if factor != "none" else ""
+    steps += " + refit" if recipe.get("refit") else ""
     if epochs := recipe.get("refine", {}).get("epochs"):
         steps += f" + {epochs} epoch{'s' * (epochs != 1)} a block"
     values = recipe.get("values", {})

@@ -289,11 +289,15 @@ def _seconds_a_token(stack: Stack) -> float:
         for index in range(len(stack))
         for group in sharing_inputs(stack.linears(index))
     )
+    return products * _product_seconds(stack)
+
+
+def _product_seconds(stack: Stack) -> float:
+    """Of a multiplication and an addition, for each pair of activations: half of such a product is computed, and mirrored."""
     rounded = stack.compute == torch.bfloat16 and rounds_products()
     speed = measured_speed(torch.bfloat16 if rounded else torch.float32)
     # Inputs multiplied as bfloat16 are so fast that converting them and adding up take as long again.
-    around = 2.6 if rounded else 1.3
-    return around * products / speed
+    return (2.6 if rounded else 1.3) / speed
 
 
 def _solving(

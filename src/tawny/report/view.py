@@ -36,6 +36,7 @@ _PHASES = {
     "text": "reading and tokenising the text",
     "profile": "profiling the dense model",
     "read": "reading blocks",
+    "backward": "backward walk to ask the output",
     "observe": "forwards that gather statistics",
     "forward": "forwards to the next block",
     "solve": "solving",
@@ -76,6 +77,8 @@ def summary(record: Mapping[str, Any], form: Form, *, recovered: bool, mark: str
     elif form.pruned:
         how = f"{allocator} shared the budget among {blocks} blocks, {solver} chose the weights"
         how += f" and solved the others{grid}" if grid else ""
+        asked = recipe.get("output", {}).get("factor", "none") != "none"
+        how += " by what the model's output feels of their errors" if asked else ""
         how += f", pattern {mark}{recipe['pattern']}{mark}"
     else:
         how = f"{solver} solved the weights of {blocks} blocks{grid}"
