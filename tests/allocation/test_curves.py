@@ -43,7 +43,7 @@ def costs_of(W, seen) -> torch.Tensor:
 @given(target=st.floats(0.2, 0.8), scale=st.floats(0.01, 100))
 def test_the_budget_is_exact_and_goes_where_one_price_for_all_weights_would_send_it(target, scale) -> None:
     profile = profiled((1, 1, 1), (scale, 1, 1))
-    found = Curves().allocate(profile, target)
+    found = Curves(strength=1).allocate(profile, target)
     assert abs(reference.removed_in_all(found, profile) - target * sum(profile.sizes.values())) <= 0.5 + 1e-6
     costs = {
         name: costs_of(*given)
@@ -60,6 +60,14 @@ def test_the_budget_is_exact_and_goes_where_one_price_for_all_weights_would_send
 def test_what_the_output_feels_more_of_loses_less() -> None:
     even, louder = Curves().allocate(profiled((1, 1, 1)), 0.6), Curves().allocate(profiled((1, 30, 1)), 0.6)
     assert louder["0.1"] < even["0.1"] - 0.1 and louder["0.0"] > even["0.0"]
+
+
+def test_strength_is_how_far_each_goes_from_the_target() -> None:
+    profile = profiled((1, 1, 1), (9, 1, 1))
+    assert Curves(strength=0).allocate(profile, 0.6) == Uniform().allocate(profile, 0.6)
+    whole, some = (Curves(strength=strength).allocate(profile, 0.6) for strength in (1, 0.5))
+    for name, share in some.items():
+        assert share - 0.6 == pytest.approx(0.5 * (whole[name] - 0.6), abs=0.01)
 
 
 def test_prices_are_squares_of_order_statistics() -> None:

@@ -7,7 +7,8 @@ To second order, a weight that goes costs the model's output
 with G the Fisher's factor at the linear's outputs and H = XᵀX at its inputs. What a linear loses with its cheapest weights is a
 convex curve over its sparsity, in nats whatever the linear. Their sum over the model is least, for a number of weights in all,
 where all curves have one slope (Lagrange), which a bisection finds. So linears are compared by what is measured, and each gets
-a sparsity of its own, where scores without a unit can only be compared between blocks.
+a sparsity of its own, where scores without a unit can only be compared between blocks. The second order is right for small losses, so linears go only
+`strength` of the way from the target to there.
 
 A solver makes up for part of a loss, but in all linears much alike: with curves of SparseGPT itself, which cost a solve of every
 linear at every level, the allocation is nearly the same (docs/log/curves.md).
@@ -20,10 +21,11 @@ __all__ = ["LEVELS", "Curves", "prices"]
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, bisect, exact
@@ -47,12 +49,17 @@ def prices(root_OI: Tensor) -> list[float]:
 class Curves(Allocator):
     """Linears share the budget by what the model's output feels of their losses: one slope of loss over sparsity for all.
 
-    A weight costs ½·G_ii·H_jj·w_ij² nats, G being the Fisher's factor at the linear's outputs. Every linear has a number of its own.
+    A weight costs ½·G_ii·H_jj·w_ij² nats, G being the Fisher's factor at the linear's outputs. Every linear has a number of its own,
+    `strength` of the way from the target to that of one slope: 0 is uniform.
 
     Raises:
         NumericalError: a weight or an input is not finite.
         ValueError: no column norms were given, or not what the output feels.
     """
+
+    strength: Annotated[
+        float, Field(ge=0, le=1, allow_inf_nan=False, description="a number in [0, 1], such as 0.75")
+    ] = 0.75
 
     needs: ClassVar[Needs] = "norms"
     output: ClassVar[Factor] = "rows"
@@ -87,7 +94,9 @@ class Curves(Allocator):
 
         total = sum(sizes.values())
         ends = [float(edge) for curve in curves.values() for edge in (curve[0], curve[-1])]
-        return exact(at(bisect(above, min(ends), max(ends))), sizes, target, high=max(LEVELS[-1], target))
+        wish = at(bisect(above, min(ends), max(ends)))
+        raw = {name: target + self.strength * (share - target) for name, share in wish.items()}
+        return exact(raw, sizes, target, high=max(LEVELS[-1], target))
 
 
 def _felt_scores(W_OI: Tensor, statistics: Statistics | None) -> Tensor:
