@@ -31,11 +31,14 @@ class Watch(Visitor):
         self.stack, self.factor, self.factors = stack, factor, {}
 
     def around(self, block):
-        self.seen = watch_gradients(self.stack.linears(block.index), self.factor, block.streams["output"])
+        linears = self.stack.linears(block.index)
+        self.accumulators = {x.name: OutputAccumulator(x.shape[0], self.factor) for x in linears}
+        add = {name: each.add for name, each in self.accumulators.items()}
+        self.seen = watch_gradients(linears, add, block.streams["output"])
         return self
 
     def __enter__(self):
-        self.accumulators = self.seen.__enter__()
+        self.seen.__enter__()
 
     def __exit__(self, *error):
         return self.seen.__exit__(*error)

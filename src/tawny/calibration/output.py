@@ -43,6 +43,7 @@ from tawny.precision import bfloat16_products
 
 Factor = Literal["none", "rows", "whole"]
 FACTORS: tuple[Factor, ...] = ("none", "rows", "whole")  # each holds what the ones before it tell
+Add = Callable[[Tensor, Tensor], None]
 BLOCK = 2048  # outputs: an eigenbasis of so many takes seconds
 
 
@@ -112,7 +113,7 @@ class OutputAccumulator:
         sizes = [rows.stop - rows.start for rows in self._places]
         self._blocks = [torch.zeros(size, size, dtype=torch.float64, device=device) for size in sizes]
 
-    def add(self, g_TO: Tensor) -> None:
+    def add(self, g_TO: Tensor, _x_TI: Tensor | None = None) -> None:
         """Gradients `[tokens, out]` of any float dtype."""
         self.tokens += len(g_TO)
         self._diagonal_O += torch.linalg.vector_norm(g_TO, dim=0, dtype=torch.float32).double().square()
@@ -137,36 +138,37 @@ class OutputAccumulator:
 
 
 @contextlib.contextmanager
-def watch_gradients(
-    linears: Sequence[Linear], factor: Factor, stream: Stream
-) -> Iterator[Mapping[str, OutputAccumulator]]:
-    """Inside, forwards through the loaded block of `linears` that are run backward add their gradients up, by linear name.
+def watch_gradients(linears: Sequence[Linear], add: Mapping[str, Add], stream: Stream) -> Iterator[None]:
+    """Inside, forwards through the loaded block of `linears` that are run backward are told, by linear name.
 
     Padding is not counted: nothing is felt of it. Experts count the tokens that were routed to them.
+
+    Args:
+        add: is given gradients `[tokens, out]` at the outputs, and inputs `[tokens, in]`.
     """
-    seen = {x.name: OutputAccumulator(x.shape[0], factor, stream.stack.device) for x in linears}
-    experts = {(x.key, x.expert): seen[x.name] for x in linears if x.expert is not None}
+    experts = {(x.key, x.expert): add[x.name] for x in linears if x.expert is not None}
     padded = stream.samples.mask is not None
 
-    def count(some: Sequence[OutputAccumulator], gaps: bool, gradient: Tensor) -> None:
-        for accumulator, rows_TO in zip(some, gradient if len(some) > 1 else [gradient], strict=True):
-            rows_TO = rows_TO.reshape(-1, rows_TO.shape[-1])
-            accumulator.add(rows_TO[rows_TO.any(-1)] if gaps else rows_TO)
+    def count(some: Sequence[Add | None], gaps: bool, x: Tensor, gradient: Tensor) -> None:
+        apart = zip(x, gradient, strict=True) if len(some) > 1 else [(x, gradient)]
+        for own, (x_TI, g_TO) in zip(some, apart, strict=True):
+            x_TI, g_TO = x_TI.reshape(-1, x_TI.shape[-1]), g_TO.reshape(-1, g_TO.shape[-1])
+            felt_T = g_TO.any(-1) if gaps else slice(None)
+            if own is not None:
+                own(g_TO[felt_T], x_TI[felt_T])
 
-    def called(accumulator: OutputAccumulator, _module: nn.Module, _args: Any, output: Tensor) -> None:
+    def called(own: Add, _module: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad:
-            _on_gradient(output, partial(count, [accumulator], padded))
+            _on_gradient(output, partial(count, [own], padded, args[0].detach()))
 
-    def one(key: str, expert: int, _x: Tensor, product: Tensor, _gathered: Tensor | None) -> None:
+    def one(key: str, expert: int, x: Tensor, product: Tensor, _gathered: Tensor | None) -> None:
         if product.requires_grad and (key, expert) in experts:
-            _on_gradient(product, partial(count, [experts[key, expert]], padded))
+            _on_gradient(product, partial(count, [experts[key, expert]], padded, x.detach()))
 
-    def every(key: str, _x: Tensor, product: Tensor) -> None:
-        some = [
-            experts.get((key, e)) or OutputAccumulator(product.shape[-1], "none") for e in range(len(product))
-        ]
+    def every(key: str, x: Tensor, product: Tensor) -> None:
         if product.requires_grad:
-            _on_gradient(product, partial(count, some, True))
+            some = [experts.get((key, e)) for e in range(len(product))]
+            _on_gradient(product, partial(count, some, True, x.detach()))
 
     fused = {
         x.key: Fused(x.key, getattr(x.module, x.parameter), x.transposed)
@@ -176,11 +178,11 @@ def watch_gradients(
     with contextlib.ExitStack() as leaving:
         for linear in linears:
             if linear.expert is None:
-                hook = linear.module.register_forward_hook(partial(called, seen[linear.name]))
+                hook = linear.module.register_forward_hook(partial(called, add[linear.name]))
                 leaving.callback(hook.remove)
         if fused:
             leaving.enter_context(ExpertProducts(list(fused.values()), one, every))
-        yield seen
+        yield
 
 
 def _on_gradient(made: Tensor, call: Callable[[Tensor], None]) -> None:

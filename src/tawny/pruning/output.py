@@ -6,7 +6,7 @@ model, so each block has a file of them.
 
 from __future__ import annotations
 
-__all__ = ["asking_output"]
+__all__ = ["End", "asking_output"]
 
 import contextlib
 import hashlib
@@ -64,7 +64,7 @@ def asking_output(session: Session, factor: Factor) -> Iterator[Session]:
             session.job.stack,
             asked,
             [visitor],
-            end=_End(session, asked),
+            end=End(session, asked),
             name=_NAME,
             phase="asking the output",
         )
@@ -81,8 +81,9 @@ class _Factors(Visitor):
 
     @contextmanager
     def around(self, block: Block) -> Iterator[None]:
-        linears = self.job.by_block[block.index]
-        with watch_gradients(linears, self.factor, block.streams[_NAME]) as self.seen:
+        linears, stream = self.job.by_block[block.index], block.streams[_NAME]
+        self.seen = {x.name: OutputAccumulator(x.shape[0], self.factor, block.stack.device) for x in linears}
+        with watch_gradients(linears, {name: each.add for name, each in self.seen.items()}, stream):
             yield
         self.seen = {}
 
@@ -110,7 +111,7 @@ def _add_up(accumulator: OutputAccumulator, ranks: Ranks) -> None:
 
 
 @final
-class _End:
+class End:
     """What the output says: tokens drawn from what the model predicts, or noise on its features."""
 
     def __init__(self, session: Session, samples: Samples) -> None:
