@@ -12,23 +12,23 @@ import pytest
 import torch
 
 import tawny
-from tawny.allocation.knapsack import reactions
 from tawny.choosing import finalists as finalists_module
 from tawny.choosing import fit as module
-from tawny.choosing import measuring, refining
 from tawny.choosing import pace as pace_module
-from tawny.choosing.demand import TOGETHER, FitDemand
-from tawny.choosing.divergence import Scorer
+from tawny.choosing import refining
+from tawny.choosing.demand import FitDemand
+from tawny.choosing.divergence import Reference, Scorer
 from tawny.choosing.fitted import _zeros_told
 from tawny.choosing.kept import Measured
 from tawny.choosing.level import KINDS_TRIED, SPARSITIES, UNMEASURED, Level, Measures
 from tawny.choosing.limit import Room
-from tawny.choosing.measuring import far_from_role, few_bits
+from tawny.choosing.measuring import ask, few_bits, in_nats
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings
 from tawny.choosing.table import Table
 from tawny.errors import Interrupted, NumericalError, RecipeError, TextError, UserError
 from tawny.kinds import KINDS
+from tawny.model.streams import Samples
 from tawny.packed.folder import INDEX, PackedFolder
 from tawny.patterns import removed_count
 from tawny.progress import silent
@@ -37,6 +37,7 @@ from tawny.pruning import session as session_module
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
 from tawny.run.memory import Load
+from tawny.run.run import Run
 from tests.model.formats import FORMATS, quantised
 from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
@@ -262,24 +263,6 @@ def test_an_embedding_of_its_own_takes_bytes_of_the_file_and_one_row_of_a_token(
     assert len(costs) == len(made.head) and 0 < costs[0] < costs[-1]
 
 
-def test_linears_whose_errors_are_far_from_their_role_are_measured_alone(dense, tmp_path, monkeypatch):
-    errors = {f"{role}.{i}": 0.01 * (1 + i / 10) for role in ("up", "down") for i in range(9)}
-    role = {name: name.partition(".")[0] for name in errors}
-    assert far_from_role(errors, role) == []
-    errors |= {"up.3": 0.0001, "down.2": 0.1, "down.4": 0.0}
-    assert far_from_role(errors, role) == ["up.3", "down.2"]
-    errors |= {f"up.{i}": 10.0**i for i in range(9)}
-    assert len(far_from_role(errors, role)) == TOGETHER
-    name = "model.layers.1.mlp.down_proj"
-    seen = []
-    monkeypatch.setattr(measuring, "far_from_role", lambda *_: [name])
-    monkeypatch.setattr(measuring, "reactions", lambda *given: seen.append(given) or reactions(*given))
-    fitted = tawny.fit(dense, tmp_path / "fitted", bits=9, **KEYS)
-    ((others, _, _, of_block, of_role),) = seen
-    assert name not in others and fitted.linears[name]["expected"] > 0
-    assert all(value >= 0 for value in (*of_block.values(), *of_role.values()))
-
-
 def test_a_probe_that_breaks_the_model_down_is_the_worst_of_all(dense, tmp_path, monkeypatch):
     measure, calls = Scorer.__call__, []
 
@@ -298,7 +281,7 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     job = prepared(saved(tmp_path / "dense"))
     sizes = PackedSize(job)
     none = {str(share): 0.0 for share in SPARSITIES}
-    measures = {x.name: Measures(dict.fromkeys(KINDS_TRIED, 0.0), none, 0.0, 0, False) for x in job.linears}
+    measures = {x.name: Measures(dict.fromkeys(KINDS_TRIED, 0.0), none, 0, False) for x in job.linears}
     little, much = ({kind: i * step for i, kind in enumerate(KINDS_TRIED)} for step in (0.01, 1.0))
     found = Measured(measures, dict.fromkeys(measures, 0.0), much, little)
     least = sum(sizes.linear(x, Level(0.0, "int2")) for x in job.linears)
@@ -372,7 +355,7 @@ def test_zeros_are_tried_where_they_promise_enough(job):
     for cost in (0.0, 10.0):
         zeros = {str(share): cost for share in SPARSITIES}
         bits = {kind: float(i) for i, kind in enumerate(KINDS_TRIED)}
-        measures = {x.name: Measures(bits, zeros, 1.0, 0, False) for x in job.linears}
+        measures = {x.name: Measures(bits, zeros, 0, False) for x in job.linears}
         found = Measured(measures, dict.fromkeys(measures, 1.0), {"int8": 0.0}, {})
         names[cost] = [each.name for each in Table(job, Room(sizes, budget), found).finalists()]
     assert names[0.0][:2] == ["zeros and bits by the linear", "bits by the linear"]
@@ -553,26 +536,35 @@ def test_the_verb_shows_a_fit_in_both_forms(dense, fitted, tmp_path, run, monkey
     assert fitted.winner in " ".join(run(*words)[1].split())
 
 
-def test_a_linear_that_breaks_the_model_down_costs_the_others_nothing():
-    """It is measured alone, and its block and role are measured without it."""
-    names = [f"{block}.{role}" for block in range(4) for role in ("q", "up", "down")]
-    linears = [SimpleNamespace(name=name, block=int(name[0])) for name in names]
-    true = {name: 0.001 * (1 + number) for number, name in enumerate(names)} | {"1.down": math.inf}
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_is_felt_of_a_small_change_is_the_divergence_that_it_makes(family):
+    """In the last block, where a token's error reaches no other token."""
+    model = tiny_model(family, **SHAPE).eval()
+    job, ids = prepared(model), tokens(200, 16)
+    linear, stack = job.by_block[-1][-1], job.stack
+    W_OI = stack.weight(linear).clone()
+    random = torch.Generator().manual_seed(0)
+    changed_OI = W_OI + 0.05 * W_OI.std() * torch.randn(W_OI.shape, generator=random)
+    store = SimpleNamespace(
+        open=lambda _: None, read=lambda x, _: changed_OI if x is linear else stack.weight(x)
+    )
+    with torch.no_grad():
+        felt = ask(SimpleNamespace(run=Run.unkept(silent), job=job), store, Samples(ids))
+        dense = Reference(model(input_ids=ids).logits.flatten(0, 1))
+        stack.set_weight(linear, changed_OI)
+        lost = dense.divergence(model(input_ids=ids).logits.flatten(0, 1)).mean()
+    assert felt.pop(linear.name)[0] == pytest.approx(float(lost), rel=0.15)
+    assert not any(nats for nats, _ in felt.values()) and len(felt) == len(job.linears) - 1
 
-    def divergence(sets, _):
-        return [sum(true[n] for n, level in zip(names, each, strict=True) if level) for each in sets]
 
-    divergence.held_out = [0]
-    asked = type("Asked", (), {"held_out": [0], "__call__": staticmethod(divergence)})()
-    measures = {
-        name: SimpleNamespace(whole=true[name] if math.isfinite(true[name]) else 50.0) for name in names
-    }
-    session = SimpleNamespace(job=SimpleNamespace(linears=linears), run=SimpleNamespace(progress=silent))
-    found = measuring.react(session, asked, measures)
-    for name in names:
-        if name != "1.down":
-            assert found[name] == pytest.approx(true[name], rel=0.2)
-    assert found["1.down"] >= 10
+def test_what_a_role_loses_is_shared_out_by_what_is_felt():
+    felt = {f"{block}.{role}": (0.001 * (1 + block), 10**9) for block in range(4) for role in ("q", "up")}
+    found = in_nats(felt, {"*.q": 0.02, "*.up": math.inf})
+    assert [found[f"{block}.q"] for block in range(4)] == pytest.approx([0.002, 0.004, 0.006, 0.008])
+    assert sum(found[f"{block}.up"] for block in range(4)) == pytest.approx(10)
+    felt = {"0.q": (0.01, 10**9), "1.q": (0.02, 10**9), "2.q": (0.9, 0)}  # no token was routed to the last
+    assert in_nats(felt, {"*.q": 0.34})["2.q"] == pytest.approx(0.31)
+    assert not any(in_nats({"0.q": (0.0, 9)}, {"*.q": 1.0}).values())
 
 
 def test_a_linear_that_is_sparse_already_runs_as_one_with_a_mask():

@@ -5,20 +5,15 @@ cost in sum whose sizes fit a budget. For a price λ of a byte every item picks 
 the lower convex hull of its levels. As λ falls the items climb their hulls, the steepest step of all first, so sorting the
 steps visits what every λ would pick. Where the next step no longer fits, smaller ones still may. What they leave is spent on
 single exchanges, off the hulls too.
-
-`reactions` says what an item costs: how much the model's output reacts to a relative error of each linear, from one
-measurement for each block and one for each role, such as all `q_proj` together, instead of one for each linear.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
-__all__ = ["choose", "hull", "reactions"]
-
-_ROUNDS = 200  # of fitting; a few are enough where blocks and roles agree
+__all__ = ["choose", "hull"]
 
 
 def hull(costs: Sequence[float], sizes: Sequence[float]) -> list[int]:
@@ -78,42 +73,3 @@ def choose(
         _, i, level = max(fits, key=lambda exchange: exchange[0])  # of equals the first
         left -= sizes[i][level] - sizes[i][chosen[i]]
         chosen[i] = level
-
-
-def reactions(
-    errors: Mapping[str, float],
-    block: Mapping[str, int],
-    role: Mapping[str, str],
-    of_block: Mapping[int, float],
-    of_role: Mapping[str, float],
-) -> dict[str, float]:
-    """What each linear contributes to the output's divergence when it has its relative error.
-
-    A linear's share is its error × a factor of its block × a factor of its role; the factors are those whose sums over a
-    block and over a role are what was measured (iterative proportional fitting: Deming and Stephan 1940). Blocks measured
-    alone and roles measured alone need not add up to the same, because errors interact: blocks keep their sum.
-
-    Args:
-        errors: relative error of each linear while it was measured.
-        of_block, of_role: divergence with all linears of a block, or of a role, in error; not negative.
-    """
-    total, roles = math.fsum(of_block.values()), math.fsum(of_role.values())
-    scale = total / roles if roles > 0 else 0.0
-    slopes = {name: max(0.0, error) for name, error in errors.items()}
-
-    def fit(key: Callable[[str], object], wanted: Mapping[object, float]) -> float:
-        sums: dict[object, float] = {}
-        for name, share in slopes.items():
-            sums[key(name)] = sums.get(key(name), 0.0) + share
-        factors = {each: wanted[each] / value if value > 0 else 0.0 for each, value in sums.items()}
-        for name in slopes:
-            slopes[name] *= factors[key(name)]
-        return max((abs(value - 1) for value in factors.values() if value > 0), default=0.0)
-
-    blocks: dict[object, float] = dict(of_block.items())
-    scaled: dict[object, float] = {each: value * scale for each, value in of_role.items()}
-    for _ in range(_ROUNDS):
-        fit(lambda name: role[name], scaled)
-        if fit(lambda name: block[name], blocks) < 1e-9:
-            break
-    return slopes

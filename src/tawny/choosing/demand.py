@@ -6,13 +6,16 @@ __all__ = [
     "TOGETHER",
     "FitDemand",
     "SearchDemand",
+    "asked_windows",
     "candidates_at_once",
     "held_back",
+    "role_of",
     "searched_windows",
     "solver_of_levels",
 ]
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +25,13 @@ from tawny.choosing.settings import FitSettings, SearchSettings
 from tawny.errors import RecipeError
 from tawny.model.streams import Samples
 from tawny.pruning.prepare import Job, demand_of
+from tawny.recipe.schema import Recipe
 from tawny.run.memory import LOGIT_BYTES, Demand, Load, held_bytes
 from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
 
-TOGETHER = (
-    8  # models of a fit that go through the blocks together, and the most linears that are measured alone
-)
+TOGETHER = 8  # models that go through the blocks together while a fit is refined
 _HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
 
 
@@ -63,6 +65,17 @@ def held_back(settings: SearchSettings, samples: Samples) -> tuple[int, int]:
     """How many windows of how many tokens are kept back of samples that were given; those with a mask are not cut."""
     length = samples.seqlen if samples.mask is not None else min(settings.length, samples.seqlen)
     return min(settings.held_out, len(samples) // 4) or 1, length
+
+
+def asked_windows(settings: FitSettings, recipe: Recipe, samples: int, seqlen: int) -> tuple[int, int]:
+    """How many windows of how many tokens of the samples a fit asks the output on."""
+    length = min(settings.length, seqlen)
+    return min(samples * (seqlen // length), math.ceil(recipe.output.tokens / length)), length
+
+
+def role_of(name: str) -> str:
+    """What a linear is, in whichever block: its name without numbers."""
+    return re.sub(r"\d+", "*", name)
 
 
 def candidates_at_once(size: int) -> int:
@@ -177,11 +190,13 @@ class FitDemand:
     """A fit as far as memory is concerned.
 
     Attributes:
+        asking: the walk back that asks the output, beside what rounding changed in the linears of a block.
         measuring: the walks that measure, and those that refine.
         finalist: the prune of a finalist, beside the model that measured, which stays open.
         judged: bytes of the hidden states that a finalist is judged by.
     """
 
+    asking: Demand
     measuring: SearchDemand
     finalist: Demand
     judged: int
@@ -190,10 +205,13 @@ class FitDemand:
     def of(cls, settings: FitSettings, job: Job, load: Load) -> FitDemand:
         finalist = demand_of(job, load)
         walk = replace(finalist, refining=False)
-        window = min(settings.length, load.seqlen) * job.stack.hidden_bytes
+        asked, length = asked_windows(settings, job.recipe, load.samples, load.seqlen)
+        asking = replace(walk, felt=asked, seqlen=length, factor="rows")
+        window = length * job.stack.hidden_bytes
         hidden = settings.windows * window
-        measuring = SearchDemand(walk, None, job.needs, hidden, (2 * TOGETHER + 1) * hidden)
-        return cls(measuring, finalist, settings.deciding * window)
+        together = max(TOGETHER, len({role_of(x.name) for x in job.linears}))
+        measuring = SearchDemand(walk, None, job.needs, hidden, _hidden_of(together, hidden))
+        return cls(asking, measuring, finalist, settings.deciding * window)
 
     def held(self) -> int | None:
         return self.measuring.held()
@@ -203,6 +221,8 @@ class FitDemand:
         if "text" not in phases:
             return phases
         stack, base = self.finalist.stack, self.finalist.base()
+        phases |= self.asking.feeling_phases(base, base, spill=spill)
+        phases["backward"]["changes"] = self.asking.block_bytes()
         ends = base["embeddings"] + stack.late_bytes
         largest = max(base["embeddings"], stack.late_bytes) // stack.compute.itemsize
         packing = {**base, "head": stack.late_bytes, "packing": _PACKED_END * largest}

@@ -1,6 +1,6 @@
 """`tawny fit`: the best model of a size. Read it from `fit` down.
 
-1. One walk measures what each kind and each sparsity costs each linear, and how the output reacts (measuring.py).
+1. One walk measures what each kind and each sparsity costs each linear, and one back what the output feels of it (measuring.py).
 2. Levels are chosen under the bytes that are left beside what cannot change (table.py, on
    allocation/knapsack.py and packed_size.py).
    With a budget of time they are refined by measured divergence (refining.py).
@@ -28,13 +28,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from tawny.calibration.windows import TokenisedText, held_out_windows
-from tawny.choosing.demand import FitDemand
+from tawny.choosing.demand import FitDemand, asked_windows
 from tawny.choosing.divergence import Scorer
 from tawny.choosing.finalists import apart, judge_all
 from tawny.choosing.fitted import Fitted, deliver, tell
 from tawny.choosing.kept import REACTIONS, Measured, keep_measured, read_measured, take_measured
 from tawny.choosing.limit import Room, Target, check_target, room_for
-from tawny.choosing.measuring import few_bits, measure, probes_bytes, react, react_ends
+from tawny.choosing.measuring import ASKING, ask, few_bits, measure, probes_bytes, react, react_ends
 from tawny.choosing.pace import Pace, measured_pace
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.refining import refine
@@ -156,8 +156,8 @@ def _held_out(settings: FitSettings, job: Job, tokens: TokenisedText) -> Tensor:
     return windows
 
 
-def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, Tensor]:
-    """Calibration samples, windows to measure reactions on, and windows to decide on."""
+def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, Samples, Tensor]:
+    """Calibration samples, windows of them to ask the output on, windows to measure reactions on, and windows to decide on."""
     assert session.samples is not None
     samples, held_out = session.samples, session.held_out
     if held_out is None:  # tokens were given: some of them are kept back
@@ -166,13 +166,25 @@ def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, T
                 "a fit compares models on held-out tokens: give at least 4 samples, without a mask"
             )
         length = min(samples.seqlen, settings.length)
-        pieces = samples.seqlen // length  # of each
-        wanted = math.ceil((settings.windows + settings.deciding) / pieces)
-        kept = max(math.ceil(3 / pieces), min(wanted, len(samples) // 4))
-        held_out = samples.tokens[-kept:, : pieces * length].reshape(-1, length)
+        each = samples.seqlen // length  # pieces
+        wanted = math.ceil((settings.windows + settings.deciding) / each)
+        kept = max(math.ceil(3 / each), min(wanted, len(samples) // 4))
+        held_out = _pieces(samples.tokens[-kept:], length)
         samples = samples.first(len(samples) - kept)
     first = max(1, min(settings.windows, len(held_out) // 3))
-    return samples, Samples(held_out[:first]), held_out[first : first + settings.deciding]
+    count, length = asked_windows(settings, session.job.recipe, len(samples), samples.seqlen)
+    pieces = _pieces(samples.tokens, length)
+    asked = Samples(pieces[:: len(pieces) // count][:count])
+    return samples, asked, Samples(held_out[:first]), held_out[first : first + settings.deciding]
+
+
+def _pieces(tokens_ST: Tensor, length: int) -> Tensor:
+    """`[pieces, length]`: the samples cut, each piece with BOS where every sample begins with it."""
+    whole = tokens_ST.shape[1] // length * length
+    pieces = tokens_ST[:, :whole].reshape(-1, length).clone()
+    if bool((tokens_ST[:, 0] == tokens_ST[0, 0]).all()):
+        pieces[:, 0] = tokens_ST[0, 0]
+    return pieces
 
 
 def _fit(
@@ -187,13 +199,13 @@ def _fit(
     job, journal, place = session.job, session.run.journal, session.place
     assert place is not None
     room = _room(session, target)
-    samples, searched, deciding = _split(session, settings)
+    samples, asked, searched, deciding = _split(session, settings)
     of = {key: journal.identity.get(key) for key in ("recipe", "model", "text")}
     of |= {"held-out text": tensor_digest(searched.tokens).hexdigest(), "packed format": format.VERSION}
     if earlier is not None:
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
-    measured = _measured(session, samples, searched, room.sizes, place.steps)
+    measured = _measured(session, samples, asked, searched, room.sizes, place.steps)
     keep_measured(place.steps, of, journal.state["once"])
     # To another folder: `--overwrite` would clear what was measured before a misspelt text is refused.
     again = f"to another --out, with --measured {shlex.quote(str(place.out))}, nothing is measured again"
@@ -309,7 +321,7 @@ def _speed(
 
 
 def _measured(
-    session: Session, samples: Samples, searched: Samples, sizes: PackedSize, work: Path
+    session: Session, samples: Samples, asked: Samples, searched: Samples, sizes: PackedSize, work: Path
 ) -> Measured:
     """Step 1, and what outputs, head and embedding say to it; what is measured once is kept."""
     job, journal = session.job, session.run.journal
@@ -321,10 +333,11 @@ def _measured(
             scores = Scores(store.folder / "scores.jsonl")
             scorer = Scorer(job, store, searched, hidden, session.run.progress, scores)
             with session.run.clock("reactions"):
-                reactions = react(session, scorer, measures)
+                reactions = react(session, scorer, ask(session, store, asked))
                 ends = react_ends(session, sizes, scorer)
         plain = {name: asdict(each) for name, each in measures.items()}
         journal.once(REACTIONS, lambda: finite({"measures": plain, "reactions": reactions, **ends}))
-        journal.forget(WALK)
+        for walk in (WALK, ASKING):
+            journal.forget(walk)
         store.remove()
     return Measured.kept_in(journal.state["once"])

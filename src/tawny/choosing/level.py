@@ -44,7 +44,6 @@ class Measures:
     Attributes:
         bits: by kind, rounded.
         zeros: by sparsity.
-        whole: of the probe, on all rows.
         had: zeros of the weight as it came, a number.
         far: groups of a row lie so far apart that scales take, or may take, 16 bits (`Grid.suiting`, kernels/scales.py).
         rounds: by kind, the share of weights that are rounded to 0; empty where an earlier version measured.
@@ -52,7 +51,6 @@ class Measures:
 
     bits: Mapping[str, float]
     zeros: Mapping[str, float]
-    whole: float
     had: int
     far: bool
     rounds: Mapping[str, float] = field(default_factory=dict)
@@ -64,4 +62,4 @@ class Measures:
         return (self.bits[level.kind] + zeros) / probe if probe > 0 else 0.0
 
 
-UNMEASURED = Measures({}, {}, 0.0, 0, far=False)
+UNMEASURED = Measures({}, {}, 0, far=False)

@@ -3,10 +3,12 @@
 1. One walk through the dense model rounds a sample of each linear's rows to each kind, and removes what Wanda would at some
    sparsities. Rows are rounded apart from each other, so a sample of them tells the error. The whole linear is rounded to one
    kind, the probe.
-2. All linears of each block in turn are set to their probes, and all of each role (such as every `q_proj`), and the
-   divergence of the output is measured. `reactions` makes each linear's share of it. Linears whose error is far from that of
-   their role are measured alone: where a few huge activations are most of an output, a small relative error loses much.
-3. Head and embedding are rounded to each kind, as packing does it, and each is measured whole.
+2. One walk back asks what the output feels of each linear's probe: to second order `½ E[(gᵀ Δ x)²]`, with Δ what rounding
+   changed, x the inputs and g the gradient at the outputs (calibration/output.py). Token by token, because at the first
+   tokens of a text x and g are both far from usual: `½ tr(G Δ H Δᵀ)` of their means is up to ten times too much.
+3. All linears of each role (such as every `q_proj`) are set to their probes, and the divergence of the output is measured:
+   large errors, and those of several linears, leave the second order. What is felt shares it out.
+4. Head and embedding are rounded to each kind, as packing does it, and each is measured whole.
 
 A level costs the linear's share, times the level's error over that of the probe; errors of zeros and bits add up. Nothing is
 solved here. A solver takes about the same share off all of these errors, and shares are all that choosing needs
@@ -15,22 +17,20 @@ solved here. A solver takes about the same share off all of these errors, and sh
 
 from __future__ import annotations
 
-__all__ = ["far_from_role", "few_bits", "measure", "probes_bytes", "react", "react_ends"]
+__all__ = ["ASKING", "ask", "few_bits", "in_nats", "measure", "probes_bytes", "react", "react_ends"]
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from statistics import median
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from tawny.allocation.knapsack import reactions
+from tawny.calibration.output import watch_gradients
 from tawny.calibration.statistics import Statistics
-from tawny.choosing.demand import TOGETHER
+from tawny.choosing.demand import role_of
 from tawny.choosing.divergence import Scorer
 from tawny.choosing.level import KINDS_TRIED, PROBE, SPARSITIES, Measures
 from tawny.choosing.packed_size import PackedSize
@@ -46,19 +46,23 @@ from tawny.packed import format
 from tawny.packed.choice import pack_end
 from tawny.progress import silent
 from tawny.pruning.block import PRUNED, PrunedBlock
+from tawny.pruning.output import End
 from tawny.pruning.prepare import Job
 from tawny.pruning.session import Session
 from tawny.pruning.visitors import samples_of
-from tawny.run.walk import Advance, Block, Visitor, walk
+from tawny.run.walk import Advance, Block, Visitor, walk, walk_back
 from tawny.solvers.base import Solution, on_grid, reconstruction_error
 from tawny.solvers.grid import largest
 from tawny.solvers.wanda import Wanda
 
+Felt = tuple[float, int]  # nats a token, and how many of the tokens the linear multiplied
+
 PROBED = 1  # its number in the store
+ASKING = "asking"  # what the journal calls the walk back
 _FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
 _ROWS = 96  # of a linear that are solved at each level; up to twice as many where they are few
 _APART = 96  # times the smallest group of a row: 2⁷ is what eight bits hold, and a solve moves scales
-_FAR = 4  # times the median error of its role, or a share of it
+_FEW_TOKENS = 32  # what is usual in a role counts for so many, where a linear, such as an expert, saw few
 
 
 def few_bits(job: Job) -> str:
@@ -83,7 +87,7 @@ def probes_bytes(job: Job) -> int:
 def measure(
     session: Session, store: LevelStore, samples: Samples, held_out: Samples
 ) -> tuple[dict[str, Measures], Tensor]:
-    """Step 1, and the probe of step 2 into the store.
+    """Step 1, and the probes into the store.
 
     Returns:
         The errors of each linear, and the dense model's `[windows, tokens, hidden]` after its last block.
@@ -161,71 +165,95 @@ def _rounded(
         if share
     }
     probe_OI = rounded(W_OI, PROBE)
-    whole, had = reconstruction_error(W_OI, probe_OI, H_II), int((W_OI == 0).sum())
+    had = int((W_OI == 0).sum())
     grid = values.grid(PROBE).suiting(W_OI)
     ends_OS = largest(W_OI, grid).abs()
     low_O = ends_OS.where(ends_OS > 0, torch.inf).amin(1)
     far = grid.long or bool((ends_OS.amax(1) > _APART * low_O).any())
-    facts = {"bits": bits, "zeros": zeros, "whole": whole, "had": had, "far": far, "rounds": rounds}
-    return facts, probe_OI
+    return {"bits": bits, "zeros": zeros, "had": had, "far": far, "rounds": rounds}, probe_OI
 
 
-def react(session: Session, scorer: Scorer, measures: Mapping[str, Measures]) -> dict[str, float]:
-    """Step 2: what each linear, at its probe, adds to the output's divergence; nats a token."""
-    linears = session.job.linears
-    block = {x.name: x.block for x in linears}
-    role = {x.name: re.sub(r"\d+", "*", x.name) for x in linears}
-    sets: dict[tuple[str, Any], tuple[int, ...]] = {}
-    alone = far_from_role({name: measured.whole for name, measured in measures.items()}, role)
-    for key in dict.fromkeys(("block", each) for each in block.values()):
-        sets[key] = tuple(PROBED * (x.block == key[1] and x.name not in alone) for x in linears)
-    for named in dict.fromkeys(("role", each) for each in role.values()):
-        sets[named] = tuple(PROBED * (role[x.name] == named[1] and x.name not in alone) for x in linears)
-    for name in alone:
-        sets["linear", name] = tuple(PROBED * (x.name == name) for x in linears)
-    order = sorted(set(sets.values()))
-    windows = range(len(scorer.held_out))
-    parts = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
-    session.run.progress.phase("measuring how the output reacts", len(parts), "rounds")
-    score: dict[tuple[int, ...], float] = {}
-    for number, part in enumerate(parts, 1):
-        score |= zip(part, scorer(part, windows), strict=True)
-        session.run.progress.step(f"round {number}")
+def ask(session: Session, store: LevelStore, asked: Samples) -> dict[str, Felt]:
+    """Step 2: what the output feels of each linear at its probe."""
+    stack, asking = session.job.stack, _Ask(session.job, store, asked.tokens.numel())
+    end, phase = End(session, asked), "asking the output"
+    walk_back(session.run, stack, asked, [asking], end=end, name=ASKING, phase=phase)
+    return asking.felt
+
+
+@final
+class _Ask(Visitor):
+    """Adds up ½ (gᵀ Δ x)² of every linear, over the tokens that are asked on."""
+
+    def __init__(self, job: Job, store: LevelStore, tokens: int) -> None:
+        self.job, self.store, self.tokens = job, store, tokens
+        self.felt: dict[str, Felt] = {}
+
+    def begin(self, kept: Mapping[str, Any]) -> None:
+        self.felt = dict(kept.get("felt", {}))
+
+    def keep(self, blocks: int) -> Mapping[str, Any]:
+        return {"felt": self.felt}
+
+    @contextmanager
+    def around(self, block: Block) -> Iterator[None]:
+        linears, add = self.job.by_block[block.index], {}
+        self.store.open(block.index)
+        for linear in linears:
+            W_OI, probe_OI = block.stack.weight(linear), self.store.read(linear, PROBED)
+            assert probe_OI is not None
+            D_OI = (W_OI - probe_OI.to(W_OI)).to(block.stack.compute)
+            self.felt[linear.name], add[linear.name] = (0.0, 0), partial(self._add, linear.name, D_OI)
+        with watch_gradients(linears, add, block.streams[ASKING]):
+            yield
+
+    def visit(self, block: Block) -> None:
+        """All is added up while the gradient runs back."""
+
+    def _add(self, name: str, D_OI: Tensor, g_TO: Tensor, x_TI: Tensor) -> None:
+        lost_TO = x_TI.to(D_OI.dtype) @ D_OI.T
+        squares_T = torch.linalg.vecdot(g_TO.float(), lost_TO.float()).double().square()
+        nats, tokens = self.felt[name]
+        self.felt[name] = nats + 0.5 * float(squares_T.sum()) / self.tokens, tokens + len(g_TO)
+
+
+def react(session: Session, scorer: Scorer, felt: Mapping[str, Felt]) -> dict[str, float]:
+    """Step 3: what each linear, at its probe, adds to the output's divergence; nats a token."""
+    roles = [role_of(x.name) for x in session.job.linears]
+    sets = {role: tuple(PROBED * (own == role) for own in roles) for role in roles}
+    session.run.progress.phase("measuring how the output reacts", 1, "round")
+    lost = scorer([*sets.values()], range(len(scorer.held_out)))
+    session.run.progress.step("all roles")
+    return in_nats(felt, dict(zip(sets, lost, strict=True)))
+
+
+def in_nats(felt: Mapping[str, Felt], lost: Mapping[str, float]) -> dict[str, float]:
+    """What each linear, at its probe, adds to the output's divergence: of what its role loses the share that is felt of it.
+
+    Args:
+        lost: by role, the divergence with all of its linears at their probes, in nats a token; infinite where the model broke down.
+    """
     # A model that broke down is far worse than any that did not, and shares cannot be of infinity.
-    most = max((value for value in score.values() if math.isfinite(value)), default=1.0)
-    known = {
-        key: max(0.0, score[levels]) if math.isfinite(score[levels]) else 10 * max(1.0, most)
-        for key, levels in sets.items()
-    }
-    own = {name: known["linear", name] for name in alone}
-    others = reactions(
-        {name: measured.whole for name, measured in measures.items() if name not in own},
-        block,
-        role,
-        {each: value for (kind, each), value in known.items() if kind == "block"},
-        {each: value for (kind, each), value in known.items() if kind == "role"},
-    )
-    return {x.name: own.get(x.name, others.get(x.name, 0.0)) for x in linears}
-
-
-def far_from_role(errors: Mapping[str, float], role: Mapping[str, str]) -> list[str]:
-    """The linears whose errors are far from the median of their role, the farthest first; not more than go together."""
-    of_role: dict[str, list[float]] = {}
-    for name, error in errors.items():
-        of_role.setdefault(role[name], []).append(error)
-    usual = {each: median(own) for each, own in of_role.items()}
-    far = {
-        name: abs(math.log(error / usual[role[name]]))
-        for name, error in errors.items()
-        if error > 0 and usual[role[name]] > 0
-    }
-    order = sorted(far, key=lambda name: -far[name])
-    return [name for name in order if far[name] > math.log(_FAR)][:TOGETHER]
+    worst = 10 * max([1.0, *filter(math.isfinite, lost.values())])
+    by_role: dict[str, dict[str, Felt]] = {}
+    for name, each in felt.items():
+        by_role.setdefault(role_of(name), {})[name] = each
+    reactions: dict[str, float] = {}
+    for role, members in by_role.items():
+        usual = math.fsum(nats for nats, _ in members.values()) / len(members)
+        shares = {
+            name: (nats * tokens + usual * _FEW_TOKENS) / (tokens + _FEW_TOKENS)
+            for name, (nats, tokens) in members.items()
+        }
+        total = math.fsum(shares.values())
+        nats = max(0.0, lost[role]) if math.isfinite(lost[role]) else worst
+        reactions |= {name: nats * share / total if total > 0 else 0.0 for name, share in shares.items()}
+    return reactions
 
 
 @torch.no_grad()
 def react_ends(session: Session, size: PackedSize, scorer: Scorer) -> dict[str, dict[str, float]]:
-    """Step 3: the divergence with the head rounded to each kind, and with an embedding of its own; nats a token.
+    """Step 4: the divergence with the head rounded to each kind, and with an embedding of its own; nats a token.
 
     A kind of the `head` is that of an embedding which is tied to it, too.
     """

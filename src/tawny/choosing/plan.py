@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tawny.choosing.demand import TOGETHER, FitDemand
+from tawny.choosing.demand import FitDemand, asked_windows, role_of
 from tawny.choosing.kept import Measured, read_measured
 from tawny.choosing.level import KINDS_TRIED, SPARSITIES, Level, Measures
 from tawny.choosing.limit import Target, room_for, smallest
@@ -146,7 +146,7 @@ def _alike(job: Job, sizes: PackedSize) -> Measured:
     """As if every weight mattered alike."""
     zeros = {str(share): _ZEROS[share] for share in SPARSITIES if share}
     bits = {kind: KINDS[kind].error for kind in KINDS_TRIED}
-    measures = {x.name: Measures(bits, zeros, bits["int4"], 0, False) for x in job.linears}
+    measures = {x.name: Measures(bits, zeros, 0, False) for x in job.linears}
     head, embedding = (
         {kind: bits[kind] * numel for kind in KINDS_TRIED} if numel else {}
         for numel in (sizes.head_numel, sizes.embedding_numel)
@@ -186,16 +186,17 @@ def _chosen(job: Job, sizes: PackedSize, best: Finalist) -> dict[str, Any]:
 
 
 def _seconds(job: Job, load: Load, settings: FitSettings, finalists: int, measured: bool) -> dict[str, float]:
-    """Of measuring, of reactions, and of pruning and comparing finalists."""
+    """Of asking the output, measuring, reactions, and pruning and comparing finalists."""
     prune = seconds_of(job, load)
-    length = min(settings.length, job.recipe.calibration.seqlen)
-    blocks, roles = len(job.by_block), max(map(len, job.by_block))
-    # A model in which one block or linear differs goes with the others up to it, and those of a role go alone.
-    models = (blocks + TOGETHER) / 2 + roles + 1 + len(KINDS_TRIED)
-    reactions = settings.windows * length * forward_seconds(job.stack) * models
-    judge = 2 * settings.deciding * length * forward_seconds(job.stack)
+    forward = forward_seconds(job.stack)
+    asked, length = asked_windows(settings, job.recipe, load.samples, load.seqlen)
+    # Linears of a role at their probes, and the embedding in each kind.
+    models = len({role_of(x.name) for x in job.linears}) + len(KINDS_TRIED)
+    reactions = settings.windows * length * forward * models
+    judge = 2 * settings.deciding * length * forward
     numel = sum(x.numel for x in job.linears)
     seconds = {
+        "output": 0.0 if measured else 4 * asked * length * forward,
         "levels": 0.0 if measured else prune["forward"] + prune["statistics"] + _ROUNDING * numel,
         "reactions": 0.0 if measured else reactions,
         "refining": settings.seconds or 0.0,
