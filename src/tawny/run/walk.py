@@ -232,7 +232,7 @@ def _with_gradient(stack: Stack, where: str) -> Iterator[None]:
     except RuntimeError as error:
         raise ModelError(
             f"{where} of {type(stack.model).__name__} has no gradient ({first_line(error)}); ask nothing of the output "
-            "(-o output=none, and another allocator than curves)"
+            "(-o output=none, another allocator than curves, prune instead of fit)"
         ) from error
 
 
