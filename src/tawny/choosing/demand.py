@@ -25,7 +25,6 @@ from tawny.choosing.settings import FitSettings, SearchSettings
 from tawny.errors import RecipeError
 from tawny.model.streams import Samples
 from tawny.pruning.prepare import Job, demand_of
-from tawny.recipe.schema import Recipe
 from tawny.run.memory import LOGIT_BYTES, Demand, Load, held_bytes
 from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
@@ -67,10 +66,10 @@ def held_back(settings: SearchSettings, samples: Samples) -> tuple[int, int]:
     return min(settings.held_out, len(samples) // 4) or 1, length
 
 
-def asked_windows(settings: FitSettings, recipe: Recipe, samples: int, seqlen: int) -> tuple[int, int]:
+def asked_windows(settings: FitSettings, samples: int, seqlen: int) -> tuple[int, int]:
     """How many windows of how many tokens of the samples a fit asks the output on."""
     length = min(settings.length, seqlen)
-    return min(samples * (seqlen // length), math.ceil(recipe.output.tokens / length)), length
+    return min(samples * (seqlen // length), 2 * settings.windows), length
 
 
 def role_of(name: str) -> str:
@@ -205,7 +204,7 @@ class FitDemand:
     def of(cls, settings: FitSettings, job: Job, load: Load) -> FitDemand:
         finalist = demand_of(job, load)
         walk = replace(finalist, refining=False)
-        asked, length = asked_windows(settings, job.recipe, load.samples, load.seqlen)
+        asked, length = asked_windows(settings, load.samples, load.seqlen)
         asking = replace(walk, felt=asked, seqlen=length, factor="rows")
         window = length * job.stack.hidden_bytes
         hidden = settings.windows * window

@@ -172,7 +172,7 @@ def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, S
         held_out = _pieces(samples.tokens[-kept:], length)
         samples = samples.first(len(samples) - kept)
     first = max(1, min(settings.windows, len(held_out) // 3))
-    count, length = asked_windows(settings, session.job.recipe, len(samples), samples.seqlen)
+    count, length = asked_windows(settings, len(samples), samples.seqlen)
     pieces = _pieces(samples.tokens, length)
     asked = Samples(pieces[:: len(pieces) // count][:count])
     return samples, asked, Samples(held_out[:first]), held_out[first : first + settings.deciding]

@@ -189,7 +189,7 @@ def _seconds(job: Job, load: Load, settings: FitSettings, finalists: int, measur
     """Of asking the output, measuring, reactions, and pruning and comparing finalists."""
     prune = seconds_of(job, load)
     forward = forward_seconds(job.stack)
-    asked, length = asked_windows(settings, job.recipe, load.samples, load.seqlen)
+    asked, length = asked_windows(settings, load.samples, load.seqlen)
     # Linears of a role at their probes, and the embedding in each kind.
     models = len({role_of(x.name) for x in job.linears}) + len(KINDS_TRIED)
     reactions = settings.windows * length * forward * models
