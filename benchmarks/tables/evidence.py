@@ -7,7 +7,7 @@ from typing import Any
 
 NAMES = {
     "dense": "dense",
-    "fast": "`tawny prune` (fast)",
+    "fast": "`tawny prune -c fast`",
     "best": "`tawny prune -c best`",
     "sparsegpt": "SparseGPT, uniform",
     "official-owl-sparsegpt-70": "OWL + SparseGPT (M = 5, λ = 0.08)",

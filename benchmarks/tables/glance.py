@@ -13,7 +13,7 @@ from tawny.words import kl_text
 _SPARSITIES = (0.5, 0.6)
 _MODELS = {
     "official-owl-sparsegpt-70:{}": "OWL and SparseGPT (M = 5, λ = 0.08)",
-    "fast:{}": "`tawny prune`",
+    "fast:{}": "`tawny prune -c fast`",
     "best:{}": "`tawny prune -c best`",
     "recovered:{minutes}": "`tawny prune -c best`, then {minutes} minutes of `tawny recover`",
 }

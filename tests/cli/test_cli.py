@@ -401,7 +401,7 @@ def test_every_list_and_the_doctor_answer_in_both_forms(run):
         assert code == 0 and out.strip() and "\x1b" not in out
     recipes = json.loads(run("list", "recipes", "--json")[1])["recipes"]
     told = {entry["name"]: entry["summary"] for entry in recipes}
-    assert told["fast"].startswith("ALPS on what") and "#" not in told["fast"]
+    assert told["fast"].startswith("ALPS under") and "#" not in told["fast"]
     assert "sparsegpt" in run("list", "solvers")[1] and "owl" not in run("list", "solvers")[1]
 
 

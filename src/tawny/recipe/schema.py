@@ -243,7 +243,7 @@ class Recipe:
         lift_refit(values)
         for section, kind in SECTIONS.items():
             values[section] = checked(kind, as_section(section, values.get(section)), "recipe key", section)
-        for section in NAMED:
+        for section in reversed(NAMED):  # the solver first: what it asks for is what an allocator may read
             given = as_section(section, values.get(section))
             values[section] = _choice(section, given, compat, default_name(section, values))
         values["values"] = _with_kinds(values["values"], values["allocator"])
@@ -334,7 +334,27 @@ def default_name(section: str, values: Mapping[str, Any]) -> str:
         return {"members": "obs", "rank": "svd"}[whole]
     if section == "allocator" and _shares_bits(values.get("values")):
         return "owl"  # the best at it (docs/results/few-bits.md), where sparsity that rises with depth gains nothing
+    if section == "allocator" and _factor_of(values) != "none":
+        return "curves"  # the best of all, and what it reads is there (docs/log/curves.md)
     return (_OFFICIAL_NAMES if values.get("compat") == "official" else _DEFAULT_NAMES)[section]
+
+
+def _factor_of(values: Mapping[str, Any]) -> str:
+    """The factor of the output that a recipe, given as its keys, asks for: by name, or as its solver does by default."""
+    given = values.get("output")
+    factor = given.factor if isinstance(given, Output) else as_section("output", given).get("factor")
+    if factor is not None:
+        return str(factor)
+    solver = values.get("solver")
+    name = solver.name if isinstance(solver, Selection) else as_section("solver", solver).get("name")
+    kind = registry("solver").get(name or default_name("solver", values))
+    rounded = values.get("values")
+    kinds = rounded.names if isinstance(rounded, Values) else as_section("values", rounded)
+    sparsity = values.get("sparsity")
+    bits_alone = sparsity == 0 or (sparsity is None and kinds and ":" not in str(values.get("pattern")))
+    if kind is None or bits_alone or values.get("compat") == "official":
+        return "none"
+    return str(kind.default_output)
 
 
 def _shares_bits(given: Any) -> bool:
@@ -440,18 +460,14 @@ def _with_factor(values: Mapping[str, Any]) -> Output:
     """What is asked of the output, with the factor that holds where none is named."""
     from tawny.calibration.output import FACTORS
 
-    output: Output = values["output"]
-    solver = values["solver"].name
-    kind = registry("solver")[solver]
-    if output.factor is None:
-        plain = values.get("compat") == "official" or values["sparsity"] == 0
-        return dataclasses.replace(output, factor="none" if plain else kind.default_output)
-    known = FACTORS[: FACTORS.index(kind.output) + 1]
-    if output.factor not in known:
+    solver, factor = values["solver"].name, _factor_of(values)
+    known = FACTORS[: FACTORS.index(registry("solver")[solver].output) + 1]
+    if factor not in known:
         raise RecipeError(
-            f"output {output.factor} is more than solver {solver} makes use of: expected {' or '.join(known)}"
+            f"output {factor} is more than solver {solver} makes use of: expected {' or '.join(known)}"
         )
-    return output
+    output: Output = values["output"]
+    return dataclasses.replace(output, factor=factor)
 
 
 def unknown_name(section: str, name: Any) -> RecipeError:
