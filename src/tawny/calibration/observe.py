@@ -8,7 +8,7 @@ so each expert gets statistics of exactly the tokens that were routed to it.
 
 from __future__ import annotations
 
-__all__ = ["Input", "Observation", "Stage", "first_argument", "observe", "padding"]
+__all__ = ["Input", "Observation", "Stage", "observe", "padding"]
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.products import ExpertProducts, Fused
+from tawny.calibration.products import ExpertProducts, Fused, first_argument
 from tawny.calibration.statistics import Accumulator, Needs, Statistics
 from tawny.errors import ModelError, NumericalError
 from tawny.model.couplings import Coupling
@@ -91,11 +91,6 @@ def padding(stream: Stream, chunk: int) -> Tensor | None:
     """Which tokens of a chunk are none, if any: `stream.valid`, or None where all count."""
     valid = stream.valid(chunk)
     return None if valid is None or bool(valid.all()) else valid
-
-
-def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    argument: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return argument
 
 
 class _Watcher:

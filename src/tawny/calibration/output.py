@@ -35,7 +35,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.products import ExpertProducts, Fused
+from tawny.calibration.products import ExpertProducts, Fused, first_argument
 from tawny.model.linears import Linear
 from tawny.model.stack import TOKENS, Stack
 from tawny.model.streams import Stream
@@ -157,9 +157,9 @@ def watch_gradients(linears: Sequence[Linear], add: Mapping[str, Add], stream: S
             if own is not None:
                 own(g_TO[felt_T], x_TI[felt_T])
 
-    def called(own: Add, _module: nn.Module, args: Any, output: Tensor) -> None:
+    def called(own: Add, _module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         if output.requires_grad:
-            _on_gradient(output, partial(count, [own], padded, args[0].detach()))
+            _on_gradient(output, partial(count, [own], padded, first_argument(args, kwargs).detach()))
 
     def one(key: str, expert: int, x: Tensor, product: Tensor, _gathered: Tensor | None) -> None:
         if product.requires_grad and (key, expert) in experts:
@@ -178,7 +178,9 @@ def watch_gradients(linears: Sequence[Linear], add: Mapping[str, Add], stream: S
     with contextlib.ExitStack() as leaving:
         for linear in linears:
             if linear.expert is None:
-                hook = linear.module.register_forward_hook(partial(called, add[linear.name]))
+                hook = linear.module.register_forward_hook(
+                    partial(called, add[linear.name]), with_kwargs=True
+                )
                 leaving.callback(hook.remove)
         if fused:
             leaving.enter_context(ExpertProducts(list(fused.values()), one, every))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ExpertProducts", "Fused"]
+__all__ = ["ExpertProducts", "Fused", "first_argument"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,12 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), (-2, -1)),
     **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), (-2, -1)),
 }
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a linear is called with."""
+    argument: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return argument
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from tawny.calibration.observe import Input, Stage, first_argument, padding
+from tawny.calibration.observe import Input, Stage, padding
+from tawny.calibration.products import first_argument
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import ModelError
 from tawny.model.linears import Linear
