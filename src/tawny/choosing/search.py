@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -128,11 +128,8 @@ def search(
         calibration=given,
         alone=True,
     ) as session:
-        with (
-            session.run.clock("search"),
-            asking_output(session, session.job.recipe.output.factor or "none") as asked,
-        ):
-            facts = session.run.journal.once("search", lambda: _search(asked, settings))
+        with session.run.clock("search"):
+            facts = session.run.journal.once("search", lambda: _search(session, settings))
         searched = tell(session, settings, facts, None if out is None else str(out))
         if session.place is not None:
             write(searched, session)
@@ -148,12 +145,14 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
     """Steps 1 to 5: what is told of them, and the allocation."""
     job, run = session.job, session.run
     space = space_of(job, settings.levels)
-    samples, held_out = _split(session, settings)
+    calibration, held_out = _split(session, settings)
+    samples = calibration.first(max(1, math.ceil(settings.tokens / calibration.seqlen)))
     searched = searched_windows(settings, len(held_out))
     windows, deciding = range(searched), range(searched, len(held_out))
     name_of_solver, solver = solver_of_levels(settings, job)
     survey = surveyed(settings.families)
-    with _level_store(session, space) as store:
+    asks, factor = replace(session, samples=calibration), job.recipe.output.factor or "none"
+    with _level_store(session, space) as store, asking_output(asks, factor) as session:
         solved = solve_levels(
             session, space, store, samples=samples, held_out=held_out, solver=solver, survey=survey
         )
@@ -267,7 +266,7 @@ def _level_store(session: Session, space: SparsitySpace) -> Iterator[LevelStore]
 
 
 def _split(session: Session, settings: SearchSettings) -> tuple[Samples, Samples]:
-    """Calibration samples for the solutions, and held-out windows."""
+    """Calibration samples, and held-out windows."""
     assert session.samples is not None
     samples = session.samples
     if session.held_out is not None:
@@ -282,8 +281,7 @@ def _split(session: Session, settings: SearchSettings) -> tuple[Samples, Samples
         mask = samples.mask
         held_out = Samples(samples.tokens[cut:, :length], None if mask is None else mask[cut:])
         samples = samples.first(cut)
-    few = samples.first(max(1, math.ceil(settings.tokens / samples.seqlen)))
-    return few, held_out.repeating(settings.repeat, begun=_begun(session))
+    return samples, held_out.repeating(settings.repeat, begun=_begun(session))
 
 
 def _begun(session: Session) -> bool:
