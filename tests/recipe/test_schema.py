@@ -14,9 +14,10 @@ from tawny.solvers import SOLVERS
 from tests.recipe.recipes import ALLOCATORS_ALONE, refusal
 
 
-def test_defaults_are_atp_alps_unstructured():
+def test_defaults_are_curves_alps_unstructured():
     recipe = resolve_recipe(sparsity=0.6)
-    assert (recipe.allocator.name, recipe.solver.name, recipe.pattern) == ("atp", "alps", "unstructured")
+    assert (recipe.allocator.name, recipe.solver.name, recipe.pattern) == ("curves", "alps", "unstructured")
+    assert resolve_recipe(sparsity=0.6, output="none").allocator.name == "atp"
     assert (recipe.calibration.samples, recipe.calibration.seqlen, recipe.seed) == (128, 2048, 0)
 
 

@@ -347,7 +347,8 @@ def _factor_of(values: Mapping[str, Any]) -> str:
         return str(factor)
     solver = values.get("solver")
     name = solver.name if isinstance(solver, Selection) else as_section("solver", solver).get("name")
-    kind = registry("solver").get(name or default_name("solver", values))
+    name = name or default_name("solver", values)
+    kind = registry("solver").get(name) if isinstance(name, str) else None
     rounded = values.get("values")
     kinds = rounded.names if isinstance(rounded, Values) else as_section("values", rounded)
     sparsity = values.get("sparsity")
