@@ -230,13 +230,16 @@ def _drawn(chances_TV: Tensor, even_T: Tensor) -> Tensor:
     size = -(-chances_TV.shape[1] // groups)
     padded_TV = nn.functional.pad(chances_TV, (0, groups * size - chances_TV.shape[1]))
     chances_TGS = padded_TV.view(-1, groups, size)
-    below_TG = chances_TGS.sum(-1, dtype=torch.float64).cumsum(-1)
+    below_TG = chances_TGS.sum(-1).double().cumsum(-1)
     at_T = even_T * below_TG[:, -1]
     group_T = torch.searchsorted(below_TG, at_T[:, None], right=True)[:, 0].clamp_(max=groups - 1)
     every_T = torch.arange(len(at_T), device=at_T.device)
-    at_T = at_T - torch.where(group_T > 0, below_TG[every_T, (group_T - 1).clamp(min=0)], 0.0)
+    before_T = torch.where(group_T > 0, below_TG[every_T, (group_T - 1).clamp(min=0)], 0.0)
+    share_T = (at_T - before_T) / (
+        below_TG[every_T, group_T] - before_T
+    )  # of the group's own sum, which is rounded
     below_TS = chances_TGS[every_T, group_T].double().cumsum(-1)
-    place_T = torch.searchsorted(below_TS, at_T[:, None], right=True)[:, 0]
+    place_T = torch.searchsorted(below_TS, (share_T * below_TS[:, -1])[:, None], right=True)[:, 0]
     return (group_T * size + place_T.clamp_(max=size - 1)).clamp_(max=chances_TV.shape[1] - 1)
 
 

@@ -305,8 +305,15 @@ class Demand:
         blocks = max(sum(factor_bytes(x.shape[0], self.factor) for x in linears) for linears in self.by_block)
         vocabulary = getattr(stack.config.get_text_config(), "vocab_size", 0)
         logits = min(LOGIT_BYTES, 4 * vocabulary * self.seqlen)
+        head, narrow = stack.late_bytes or outside_bytes(stack), stack.compute.itemsize < 4
         return {
-            "head": {**base, "head": stack.late_bytes, "hidden_states": kept, "logits": 3 * logits},
+            "head": {
+                **base,
+                # Of narrow numbers a product arranges the whole weight anew, and logits, their gradients and what comes back are theirs.
+                "head": stack.late_bytes + narrow * head,
+                "hidden_states": kept,
+                "logits": 3 * logits + narrow * 3 * logits // 2,
+            },
             "backward": {
                 **walked,
                 "block": self.block_bytes(),
