@@ -1,7 +1,7 @@
 """Prune a real language model at 30 %, train it for two minutes, pack it and let it talk: `make demo`.
 
-SmolLM2-135M comes from a package, its text (Wikipedia) too; nothing is fetched from a hub. Sparsity rises with depth, ALPS
-decides which weights go and which 6-bit numbers the others become. Two minutes of `tawny recover` then teach the rest through
+SmolLM2-135M comes from a package, its text (Wikipedia) too; nothing is fetched from a hub. The model's output says what each
+linear can lose, and SparseGPT which weights go and which 6-bit numbers the others become (`tawny prune -c quick`). Two minutes of `tawny recover` then teach the rest through
 the rounding of the packed file. The end is what `tawny compare` says of the dense, the pruned and the packed model (size,
 memory, quality and speed), an answer of the dense and of the packed one to the same question, and a page about the run.
 """
@@ -57,6 +57,8 @@ def main() -> None:
             chosen.model,
             chosen.out,
             sparsity=0.3,
+            solver="sparsegpt",
+            output="rows",
             values=VALUES,
             calibration=chosen.text,
             samples=chosen.samples,
