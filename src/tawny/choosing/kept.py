@@ -39,10 +39,7 @@ class Measured:
     def kept_in(cls, journal: Mapping[str, Any]) -> Measured:
         """What a journal or a file holds."""
         kept = journal[REACTIONS]
-        measures = {  # an earlier version kept the whole probe's error, too
-            name: Measures(**{key: value for key, value in each.items() if key != "whole"})
-            for name, each in kept["measures"].items()
-        }
+        measures = {name: Measures(**each) for name, each in kept["measures"].items()}
         head, embedding = (
             {kind: value for kind, value in kept[end].items() if value is not None}
             for end in ("head", "embedding")
