@@ -602,3 +602,12 @@ def test_bytes_of_masks_are_kept_only_where_a_kind_rounds_enough_to_zero(kind, z
     packed += (tmp_path / "packed" / INDEX).stat().st_size
     assert packed <= rest + planned <= rest + reserved
     assert (planned < 0.97 * reserved) == (kind in ("int4", "int3"))
+
+
+def test_pieces_of_several_samples_begin_with_their_bos_and_those_of_one_as_they_are():
+    given = torch.arange(24).reshape(2, 12)
+    apart = module._pieces(given, 4)
+    assert torch.equal(apart, given.reshape(6, 4))
+    given[:, 0] = 99
+    assert module._pieces(given, 5)[:, 0].tolist() == [99] * 4
+    assert module._pieces(given[:1], 4)[:, 0].tolist() == [99, 4, 8]

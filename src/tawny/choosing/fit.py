@@ -179,10 +179,10 @@ def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, S
 
 
 def _pieces(tokens_ST: Tensor, length: int) -> Tensor:
-    """`[pieces, length]`: the samples cut, each piece with BOS where every sample begins with it."""
+    """`[pieces, length]`: the samples cut, each piece with BOS where all of several samples begin with one token."""
     whole = tokens_ST.shape[1] // length * length
     pieces = tokens_ST[:, :whole].reshape(-1, length).clone()
-    if bool((tokens_ST[:, 0] == tokens_ST[0, 0]).all()):
+    if len(tokens_ST) > 1 and bool((tokens_ST[:, 0] == tokens_ST[0, 0]).all()):
         pieces[:, 0] = tokens_ST[0, 0]
     return pieces
 
