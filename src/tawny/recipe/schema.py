@@ -334,8 +334,9 @@ def default_name(section: str, values: Mapping[str, Any]) -> str:
         return {"members": "obs", "rank": "svd"}[whole]
     if section == "allocator" and _shares_bits(values.get("values")):
         return "owl"  # the best at it (docs/results/few-bits.md), where sparsity that rises with depth gains nothing
-    if section == "allocator" and _factor_of(values) != "none":
-        return "curves"  # the best of all, and what it reads is there (docs/log/curves.md)
+    # The best of all, and what it reads is there (docs/log/curves.md). Of n:m it would make another n of some blocks.
+    if section == "allocator" and ":" not in str(values.get("pattern")) and _factor_of(values) != "none":
+        return "curves"
     return (_OFFICIAL_NAMES if values.get("compat") == "official" else _DEFAULT_NAMES)[section]
 
 
