@@ -18,7 +18,8 @@ def test_defaults_are_curves_alps_unstructured():
     recipe = resolve_recipe(sparsity=0.6)
     assert (recipe.allocator.name, recipe.solver.name, recipe.pattern) == ("curves", "alps", "unstructured")
     assert resolve_recipe(sparsity=0.6, output="none").allocator.name == "atp"
-    assert resolve_recipe(pattern="2:4").allocator.name == "atp"  # whose band is so narrow that all blocks are 2:4
+    # atp's band is so narrow that all blocks are 2:4
+    assert resolve_recipe(pattern="2:4").allocator.name == "atp"
     assert (recipe.calibration.samples, recipe.calibration.seqlen, recipe.seed) == (128, 2048, 0)
 
 

@@ -22,7 +22,7 @@ from tawny.pruning.prepare import demand_of, prepare
 from tawny.pruning.visitors import Solve
 from tawny.recipe.merge import resolve_recipe
 from tawny.run import journal as journal_module
-from tawny.run.memory import Load, parse_size, peak, sharing_inputs
+from tawny.run.memory import Load, parse_size, peak, place, sharing_inputs
 from tawny.solvers.sparsegpt import SparseGPT
 from tests.run.test_journal import PressesCtrlC, files
 from tests.tiny import tiny_model, tokens
@@ -336,3 +336,16 @@ def test_the_estimate_is_what_is_measured(tmp_path, family, keys, solver, alloca
     memory, peak = json.loads(done.stdout.splitlines()[-1])
     own = memory["parts"]["interpreter"]
     assert memory["estimate"] - own == pytest.approx(peak - own, rel=0.2), (memory, peak)
+
+
+@pytest.mark.parametrize(("factors", "hint"), [(10**9, "-o output=rows"), (10**6, "fewer --samples")])
+def test_a_budget_that_is_too_small_says_what_to_ask_less_of(factors, hint):
+    class Asks:
+        def phases(self, *, spill, held):
+            return {"solve": {"interpreter": 4 * 10**8, "solver": 10**8, "block": 10**7, "factors": factors}}
+
+        def held(self):
+            return None
+
+    with pytest.raises(RecipeError, match=hint):
+        place(Asks(), 10**6)

@@ -399,10 +399,10 @@ def place(demand: Demanding, budget: int | None, available: int | None = None) -
     size, parts = peak(demand, spill=True, held=False)
     if budget is None:
         return Placement(True, 0, size, parts, smallest)
-    top = ", ".join(
-        f"{k.replace('_', ' ')} {_gigabytes(v)}" for k, v in sorted(parts.items(), key=_second)[:3]
-    )
-    fewer = "take fewer --samples" if "factors" not in parts else "ask less of the output (-o output=rows)"
+    largest = sorted(parts.items(), key=_second)[:3]
+    top = ", ".join(f"{k.replace('_', ' ')} {_gigabytes(v)}" for k, v in largest)
+    asks = any(name == "factors" for name, _ in largest)
+    fewer = "ask less of the output (-o output=rows)" if asks else "take fewer --samples"
     raise RecipeError(
         f"memory {_gigabytes(budget)} cannot hold this run, with hidden states on disk either: it takes at least "
         f"{_gigabytes(math.ceil(smallest / 1e7) * 10**7)} ({top}); give that, or {fewer}"
