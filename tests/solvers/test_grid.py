@@ -13,7 +13,7 @@ from tawny.errors import RecipeError
 from tawny.patterns import NM, Unstructured, removed_count
 from tawny.solvers import RIA, Alps, Grid, Magnitude, SparseGPT, Wanda, energy, reconstruction_error
 from tawny.solvers.base import Solution
-from tawny.solvers.grid import ACCIDENTS, best_scales, project, refit_scales
+from tawny.solvers.grid import ACCIDENTS, ScaledGrid
 from tests.reference import grid as twin
 from tests.reference.alps import admm_rounded
 from tests.reference.problems import lifelike
@@ -32,7 +32,7 @@ each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=str)
 
 def assert_on_grid(solution: Solution, grid: Grid, like: torch.Tensor) -> None:
     """Exactly scale · level where kept, by scales of the grid's bits, and +0 elsewhere."""
-    weight, scales = solution.weight, solution.scales
+    weight, scales = solution.weight, solution.state
     size = min(grid.group or like.shape[1], like.shape[1])
     assert scales is not None and scales.shape == (len(like), -(-like.shape[1] // size))
     assert weight.dtype == scales.dtype == torch.float32 and weight.is_contiguous()
@@ -56,8 +56,8 @@ def test_scales_and_rounding_are_those_of_the_twin(levels, out, width, group, go
     dice = torch.Generator().manual_seed(seed)
     W, weights = torch.randn(out, width, generator=dice), torch.rand(width, generator=dice)
     keep = torch.rand(out, width, generator=dice) >= gone
-    grid, size = Grid(levels, group), min(group or width, width)
-    scales = best_scales(W, grid, weights, keep)
+    grid, size = ScaledGrid(levels, group), min(group or width, width)
+    scales = grid.fit(W, weights, keep)
     wanted = twin.scales(W, weights * keep, levels, size, 24 - grid.lost)
 
     def lost(s: torch.Tensor) -> float:
@@ -65,23 +65,23 @@ def test_scales_and_rounding_are_those_of_the_twin(levels, out, width, group, go
 
     whole = float((W.square() * weights * keep).sum())
     assert lost(scales) == pytest.approx(lost(wanted), rel=1e-2, abs=2**-16 * whole + 1e-30)
-    assert torch.equal(project(W, scales, grid, keep), twin.rounded(W, scales, keep, levels, size))
-    solution = Solution(project(W, scales, grid, keep), keep, scales=scales)
+    assert torch.equal(grid.project(W, scales, keep), twin.rounded(W, scales, keep, levels, size))
+    solution = Solution(grid.project(W, scales, keep), keep, state=scales)
     assert_on_grid(solution, grid, W)
-    moved, refitted = refit_scales(W, scales, grid, weights, keep)
-    assert_on_grid(Solution(moved, keep, scales=refitted), grid, W)
+    moved, refitted = grid.refit(W, scales, weights, keep)
+    assert_on_grid(Solution(moved, keep, state=refitted), grid, W)
 
 
 def test_a_level_is_the_nearest_and_of_two_the_upper_one() -> None:
     for levels in TABLES:
         X = torch.arange(-300, 300) / 4
-        assert Grid(levels).nearest(X).tolist() == [twin.nearest(x, levels) for x in X.tolist()]
+        assert ScaledGrid(levels).nearest(X).tolist() == [twin.nearest(x, levels) for x in X.tolist()]
 
 
 def test_levels_that_do_not_ascend_are_an_error() -> None:
     for levels in ((), (3,), (1, 1), (2, 1)):
         with pytest.raises(ValueError, match="ascend"):
-            Grid(levels)
+            ScaledGrid(levels)
 
 
 @settings(deadline=None, max_examples=40)
@@ -101,7 +101,11 @@ def test_every_solver_answers_on_the_grid(solver, pattern, size, group, sparsity
     statistics.squared_norms[:dead] = 0
     statistics.hessian[:dead] = 0
     statistics.hessian[:, :dead] = 0
-    before, seen, grid = W.clone(), statistics.squared_norms.clone(), Grid(TABLES[seed % len(TABLES)], group)
+    before, seen, grid = (
+        W.clone(),
+        statistics.squared_norms.clone(),
+        ScaledGrid(TABLES[seed % len(TABLES)], group),
+    )
 
     solution = solver.solve(W, statistics, pattern, sparsity, grid=grid)
 
@@ -119,10 +123,10 @@ def test_every_solver_answers_on_the_grid(solver, pattern, size, group, sparsity
 @each_solver
 def test_the_same_input_gives_the_same_bytes(solver: Any) -> None:
     W, statistics = lifelike(12, 64)
-    grid, shared = Grid(TABLES[0], 16), solver.prepare(statistics)
+    grid, shared = ScaledGrid(TABLES[0], 16), solver.prepare(statistics)
     first = solver.solve(W, statistics, Unstructured(), 0.5, grid=grid)
     second = solver.solve(W, statistics, Unstructured(), 0.5, shared, grid)
-    assert torch.equal(first.weight, second.weight) and torch.equal(first.scales, second.scales)
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.state, second.state)
 
 
 def test_more_levels_lose_less_and_so_does_a_solver_that_knows_more() -> None:
@@ -133,7 +137,7 @@ def test_more_levels_lose_less_and_so_does_a_solver_that_knows_more() -> None:
             few, more = (
                 reconstruction_error(
                     W,
-                    solver.solve(W, statistics, Unstructured(), sparsity, grid=Grid(levels, 32)).weight,
+                    solver.solve(W, statistics, Unstructured(), sparsity, grid=ScaledGrid(levels, 32)).weight,
                     statistics.hessian,
                 )
                 for levels in (TABLES[0], tuple(range(-64, 64)))
@@ -147,14 +151,14 @@ def test_more_levels_lose_less_and_so_does_a_solver_that_knows_more() -> None:
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_the_loss_it_reports_is_the_loss(solver: Any, sparsity: float) -> None:
     W, statistics = lifelike(24, 64)
-    solution = solver.solve(W, statistics, Unstructured(), sparsity, grid=Grid(TABLES[0], 16))
+    solution = solver.solve(W, statistics, Unstructured(), sparsity, grid=ScaledGrid(TABLES[0], 16))
     assert solution.lost == pytest.approx(energy(W - solution.weight, statistics.hessian), rel=2e-3)
 
 
 @pytest.mark.parametrize("removed", [0, 700])
 def test_the_column_loop_rounds_as_its_papers_do(removed: int) -> None:
     W, statistics = lifelike(24, 60)
-    grid = Grid(TABLES[0], 16)
+    grid = ScaledGrid(TABLES[0], 16)
     mine = SparseGPT().solve(W, statistics, Unstructured(), removed / W.numel(), grid=grid)
     weight, mask = sparsegpt(W, statistics.hessian, removed=removed, group=16, levels=grid.levels)
     # A value in the middle between two levels goes either way, and takes what follows with it.
@@ -167,7 +171,7 @@ def test_the_column_loop_rounds_as_its_papers_do(removed: int) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_iteration_rounds_as_it_is_written(masked: bool) -> None:
     W, statistics = lifelike(32, 48)
-    grid = Grid(TABLES[0], 16)
+    grid = ScaledGrid(TABLES[0], 16)
     sparse = Alps().solve(W, statistics, Unstructured(), 0.5 * masked)
     mine = Alps().solve(W, statistics, Unstructured(), 0.5 * masked, grid=grid)
     assert torch.equal(mine.mask, sparse.mask)
@@ -182,18 +186,18 @@ def test_weights_of_inputs_that_never_fire_have_values_too(solver: Any) -> None:
     statistics.squared_norms[:16] = 0
     statistics.hessian[:16] = 0
     statistics.hessian[:, :16] = 0
-    solution = solver.solve(W, statistics, Unstructured(), 0.0, grid=Grid(TABLES[0], 16))
+    solution = solver.solve(W, statistics, Unstructured(), 0.0, grid=ScaledGrid(TABLES[0], 16))
     assert bool(solution.mask.all()) and float((W - solution.weight).norm() / W.norm()) < 0.5
 
 
 @pytest.mark.parametrize("nm", [(2, 12), (3, 6), (5, 24)])
 def test_a_scale_a_row_goes_with_any_m(nm: tuple[int, int]) -> None:
     W, statistics = lifelike(4, 24)
-    solution = SparseGPT(group=16).solve(W, statistics, NM(*nm), 0.5, grid=Grid(TABLES[3]))
+    solution = SparseGPT(group=16).solve(W, statistics, NM(*nm), 0.5, grid=ScaledGrid(TABLES[3]))
     assert bool((solution.mask.view(4, -1, nm[1]).sum(2) == nm[0]).all())
 
 
 def test_an_m_that_does_not_divide_the_columns_of_a_scale_is_an_error() -> None:
     W, statistics = lifelike(4, 24)
     with pytest.raises(RecipeError, match="pattern is 2:12; expected an m that divides 8"):
-        SparseGPT().solve(W, statistics, NM(2, 12), 0.5, grid=Grid(TABLES[0], 8))
+        SparseGPT().solve(W, statistics, NM(2, 12), 0.5, grid=ScaledGrid(TABLES[0], 8))

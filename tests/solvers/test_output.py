@@ -15,7 +15,7 @@ from tawny.calibration.output import OutputFactor
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Unstructured, removed_count
 from tawny.solvers import MEMBER_SOLVERS, RIA, SOLVERS, Alps, Magnitude, Obs, SparseGPT, Wanda, alps, energy
-from tawny.solvers.grid import Grid
+from tawny.solvers.grid import ScaledGrid
 from tawny.solvers.members import Coupled
 from tawny.solvers.output import DAMP, damped
 from tawny.solvers.refit import refit
@@ -59,7 +59,7 @@ def test_rows_that_nothing_feels_divide_nothing_and_few_tokens_make_rows_more_al
         damped(of_diagonal(torch.tensor([1.0, torch.nan])))
 
 
-@pytest.mark.parametrize("grid", [None, Grid(tuple(range(-8, 8)), 16)], ids=["plain", "grid"])
+@pytest.mark.parametrize("grid", [None, ScaledGrid(tuple(range(-8, 8)), 16)], ids=["plain", "grid"])
 @pytest.mark.parametrize("strange", [False, True])
 def test_sparsegpt_weighs_rows_as_if_they_were_scaled_before_and_back_after(strange: bool, grid: Any) -> None:
     W, statistics = lifelike(24, 96)
@@ -142,7 +142,7 @@ def test_alps_finds_the_support_of_the_vectorised_iteration(sparsity: float, blo
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_alps_rounds_as_the_vectorised_iteration_does(sparsity: float) -> None:
     W, statistics = lifelike(12, 32)
-    H, G, grid = statistics.hessian, lifelike_output(12), Grid(tuple(range(-4, 4)), 16)
+    H, G, grid = statistics.hessian, lifelike_output(12), ScaledGrid(tuple(range(-4, 4)), 16)
     sparse = Alps().solve(W, statistics, MATRIX, sparsity, output=G)
     mine = Alps().solve(W, statistics, MATRIX, sparsity, grid=grid, output=G)
     assert torch.equal(mine.mask, sparse.mask)
@@ -185,7 +185,7 @@ def test_a_refit_by_both_factors_never_raises_what_is_felt(seed: int, sparsity: 
 def test_the_more_of_the_factor_is_known_the_less_is_felt(products: str, pattern: Any, levels: Any) -> None:
     W, statistics = lifelike(48, 64)
     H, G = statistics.hessian, lifelike_output(48, blocks=2)
-    grid = None if levels is None else Grid(tuple(range(-levels // 2, levels // 2)), 16)
+    grid = None if levels is None else ScaledGrid(tuple(range(-levels // 2, levels // 2)), 16)
     dense = torch.block_diag(*G.blocks)
     found = [
         Alps().solve(W, statistics, pattern, 0.5, grid=grid, output=output)

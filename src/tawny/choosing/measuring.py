@@ -38,6 +38,7 @@ from tawny.choosing.rehearsal import HELD_OUT, rehearsing
 from tawny.choosing.solving import WALK, LevelStore, key_of, level_dtype
 from tawny.errors import NumericalError
 from tawny.evaluation.hidden_states import stream_through
+from tawny.kinds import KINDS
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples
@@ -52,7 +53,7 @@ from tawny.pruning.session import Session
 from tawny.pruning.visitors import samples_of
 from tawny.run.walk import Advance, Block, Visitor, walk, walk_back
 from tawny.solvers.base import Solution, on_grid, reconstruction_error
-from tawny.solvers.grid import largest
+from tawny.solvers.grid import ScaledGrid, largest
 from tawny.solvers.wanda import Wanda
 
 Felt = tuple[float, int]  # nats a token, and how many of the tokens the linear multiplied
@@ -166,7 +167,7 @@ def _rounded(
     }
     probe_OI = rounded(W_OI, PROBE)
     had = int((W_OI == 0).sum())
-    grid = values.grid(PROBE).suiting(W_OI)
+    grid = ScaledGrid(KINDS[PROBE].grid, KINDS[PROBE].span(None)).suiting(W_OI)
     ends_OS = largest(W_OI, grid).abs()
     low_O = ends_OS.where(ends_OS > 0, torch.inf).amin(1)
     far = grid.long or bool((ends_OS.amax(1) > _APART * low_O).any())

@@ -54,7 +54,7 @@ from tawny.kernels.layout import (
 from tawny.kernels.scales import short
 from tawny.kinds import KINDS, Kind, kind_of
 from tawny.precision import lost_in
-from tawny.solvers.grid import Grid, best_scales, largest, project, refit_scales
+from tawny.solvers.grid import ScaledGrid, largest
 
 # 1 knew no weights without offsets, and no kinds of few bits; in 2 those of MOVED had other levels; 3 had no short scales.
 VERSION = 4
@@ -292,7 +292,7 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     scale × level rounded, and so a weight that was solved on the grid comes back as it is. Eight bits of other weights
     follow the largest one.
     """
-    grid = Grid(kind.grid, group)
+    grid = ScaledGrid(kind.grid, group)
     rows, stored_GC = len(stored_OI), grid.split(stored_OI).flatten(0, 1)
     groups, width = stored_GC.shape
     device = stored_OI.device
@@ -322,7 +322,7 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     else:
         W_OI = stored_OI.float()
         keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
-        usual_OS = best_scales(W_OI, grid.suiting(W_OI), None, keep_OI)
+        usual_OS = grid.suiting(W_OI).fit(W_OI, None, keep_OI)
     return torch.where(found_OS.isnan(), usual_OS, found_OS)
 
 
@@ -341,7 +341,7 @@ def _tries(kind: Kind) -> list[_Try]:
 
 
 def _scales_again(
-    W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: Grid, kind: Kind, tries: Sequence[_Try]
+    W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: ScaledGrid, kind: Kind, tries: Sequence[_Try]
 ) -> Tensor:
     """[G]: for each group of columns the first scale that gives every weight back as it is stored; NaN where none does."""
     found_G, left_G = W_GC.new_full((len(W_GC),), torch.nan), torch.arange(len(W_GC), device=W_GC.device)
@@ -349,10 +349,10 @@ def _scales_again(
         if not len(left_G):
             break
         grid = replace(grid, long=long)
-        made_GC, tried_G1 = refit_scales(W_GC, largest(W_GC, grid) / level, grid, None, keep_GC)
+        made_GC, tried_G1 = grid.refit(W_GC, largest(W_GC, grid) / level, None, keep_GC)
         if neighbour or kind.bits == 8:  # the first guess is too rough for the highest of so many levels
             tried_G1 = (tried_G1.view(torch.int32) + (neighbour << grid.lost)).view(torch.float32)
-            made_GC = project(W_GC, tried_G1.nan_to_num_(0.0), grid, keep_GC)
+            made_GC = grid.project(W_GC, tried_G1.nan_to_num_(0.0), keep_GC)
         same_G = (made_GC.to(stored_GC.dtype) == stored_GC).all(1)
         same_G &= (tried_G1[:, 0] * kind.largest).isfinite()  # sums near the end of float32 fit anything
         found_G[left_G[same_G]] = tried_G1[same_G, 0]

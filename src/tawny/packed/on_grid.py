@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tawny.kinds import Kind
 from tawny.packed.format import cheaper_whole, scales_of
-from tawny.solvers.grid import Grid
+from tawny.solvers.grid import ScaledGrid
 
 
 class OnGrid:
@@ -37,9 +37,9 @@ class OnGrid:
         self.kind, self.group = kind, kind.span(group) or W_OI.shape[1]
         self.whole = whole(W_OI, kind)
         scales_OS = scales_of(W_OI, kind, self.group, self.whole)
-        self.grid = Grid(kind.grid, self.group)
+        self.grid = ScaledGrid(kind.grid, self.group)
         if not torch.equal(self.grid.held(scales_OS), scales_OS):
-            self.grid = Grid(kind.grid, self.group, long=True)
+            self.grid = ScaledGrid(kind.grid, self.group, long=True)
         self.ends_OS = nn.Parameter(scales_OS * kind.largest)
 
     @torch.no_grad()

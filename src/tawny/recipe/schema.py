@@ -165,10 +165,10 @@ class Values:
 
     def grid(self, name: str) -> Grid:
         """What a solver rounds to for a kind."""
-        from tawny.solvers.grid import Grid
+        from tawny.solvers.grid import ScaledGrid
 
         kind = kind_of(name)
-        return Grid(kind.grid, kind.span(self.group_size), long=kind.bits == 8)
+        return ScaledGrid(kind.grid, kind.span(self.group_size), long=kind.bits == 8)
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -61,7 +61,7 @@ from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_
 from tawny.precision import native_dtype
 from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, energy, input_hessian
 from tawny.solvers.eigenbases import WIDEST, Eigenbases
-from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project, refit_scales
+from tawny.solvers.grid import Grid, kept_on_grid
 from tawny.solvers.inverse import with_damping
 from tawny.solvers.output import DAMP, Damped, damped
 from tawny.solvers.powers import CACHED, CHUNK, ROWS, SMALLEST_RHO, Scaled, parts, waiting_bytes, wide
@@ -308,8 +308,8 @@ class Alps(Solver):
 
         scaled_OI = scale(W_OI, slice(None), torch.empty_like(W_OI))
         weights_I = scaled.scale_I.square()
-        scales_OS = best_scales(solution.weight, grid, weights_I, mask_OI)
-        grid_OI = project(solution.weight, scales_OS, grid, mask_OI)  # D, unscaled
+        scales_OS = grid.fit(solution.weight, weights_I, mask_OI)
+        grid_OI = grid.project(solution.weight, scales_OS, mask_OI)  # D, unscaled
         T_OI = scale(grid_OI, slice(None), solution.weight)  # whose memory nobody needs any more
         best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
         chunks = _chunks(T_OI, bases)
@@ -336,10 +336,9 @@ class Alps(Solver):
                     torch.div(T_PI, scaled.scale_I, out=spare_PI)
                     if bases is not None:
                         spare_PI /= root_O1[here]
-                    _, scales_OS[here] = refit_scales(
+                    _, scales_OS[here] = grid.refit(
                         spare_PI,
                         scales_OS[here],
-                        grid,
                         weights_I,
                         None if mask_OI is None else mask_OI[here],
                         grid_OI[here],

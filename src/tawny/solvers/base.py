@@ -21,7 +21,7 @@ from tawny.calibration.output import Factor, OutputFactor
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Pattern, Scope, keep_mask, removed_count
-from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project
+from tawny.solvers.grid import Grid, kept_on_grid
 from tawny.solvers.output import row_roots
 
 __all__ = [
@@ -63,7 +63,7 @@ class Solution:
     mask: Tensor  # [out, in] bool, True = kept
     notes: dict[str, float | int | str] = field(default_factory=dict)
     lost: float | None = None  # ‖X(W − Ŵ)ᵀ‖², where the solver comes to know it on its way
-    scales: Tensor | None = None  # [out, groups] float32, where the weight lies on a grid
+    state: Tensor | None = None  # of its grid, where the weight lies on one
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,7 @@ class Solver(Protocol):
         require_finite(W_OI, "weight")
         shared = self.prepare(statistics) if prepared is None else prepared
         solution = self.solved(W_OI, shared, pattern, sparsity, grid, output)
-        return (
-            solution if grid is None or solution.scales is not None else on_grid(solution, grid, statistics)
-        )
+        return solution if grid is None or solution.state is not None else on_grid(solution, grid, statistics)
 
     def solved(
         self,
@@ -339,5 +337,5 @@ def on_grid(solution: Solution, grid: Grid, statistics: Seen) -> Solution:
     if statistics is not None and bool(statistics.squared_norms.any()):
         norms_I = statistics.squared_norms.float()
         weights_I = norms_I + _DAMP * norms_I.mean()
-    scales_OS = best_scales(W_OI, grid, weights_I, keep_OI)
-    return Solution(project(W_OI, scales_OS, grid, keep_OI), keep_OI, solution.notes, None, scales_OS)
+    scales_OS = grid.fit(W_OI, weights_I, keep_OI)
+    return Solution(grid.project(W_OI, scales_OS, keep_OI), keep_OI, solution.notes, None, scales_OS)

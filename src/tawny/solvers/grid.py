@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -28,11 +29,9 @@ __all__ = [
     "ACCIDENTS",
     "Grid",
     "Rounding",
-    "best_scales",
+    "ScaledGrid",
     "kept_on_grid",
     "largest",
-    "project",
-    "refit_scales",
 ]
 
 Rounding = Callable[[Tensor], Tensor]
@@ -42,9 +41,64 @@ _PART = 1 << 15  # weights whose half a dozen copies stay in a core's cache
 ACCIDENTS = 0.01  # share of zeros up to which a weight is one with no zeros
 
 
+class Grid(Protocol):
+    """The interface: what values a stored weight can have, and the state that puts a weight on them.
+
+    A state is a tensor `[O, S, …]` that belongs to the S groups of columns of each row.
+
+    Attributes:
+        group: columns of one entry of the state; None: all of a row.
+        block: columns whose state is chosen at once, a multiple of `group`.
+        zero: whether a weight of 0 stays 0.
+    """
+
+    @property
+    def group(self) -> int | None: ...
+
+    @property
+    def block(self) -> int | None: ...
+
+    @property
+    def zero(self) -> bool: ...
+
+    def suiting(self, W_OI: Tensor) -> Grid:
+        """The grid of its kind that suits a weight."""
+        return self
+
+    def fit(self, W_OI: Tensor, weights_I: Tensor | None = None, keep_OI: Tensor | None = None) -> Tensor:
+        """The state with the smallest Σ weights·(W − value)² over what is kept, as far as it is looked for."""
+        ...
+
+    def renew(
+        self, W_OJ: Tensor, state_O: Tensor, weights_J: Tensor, keep_OJ: Tensor | None = None
+    ) -> Tensor:
+        """`[O, …]`: for columns of one group that changed, the state that is best beside the rest of their block's."""
+        ...
+
+    def refit(
+        self,
+        X_OI: Tensor,
+        state_OS: Tensor,
+        weights_I: Tensor | None,
+        keep_OI: Tensor | None,
+        out_OI: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """X on the grid, levels by the state given and values by its least-squares refit, in `out` if given; and the refitted state."""
+        ...
+
+    def project(self, W_OI: Tensor, state_OS: Tensor, keep_OI: Tensor | None = None) -> Tensor:
+        """The nearest value on the grid where kept, else +0."""
+        ...
+
+    def rounding(self, state_O: Tensor) -> Rounding:
+        """What rounds values `[..., O]` of one group to the grid."""
+        ...
+
+
+@final
 @dataclass(frozen=True)
-class Grid:
-    """Values scale · level.
+class ScaledGrid(Grid):
+    """Values scale · level; the state are the scales `[O, S]`.
 
     Attributes:
         levels: signed integers, ascending.
@@ -61,6 +115,14 @@ class Grid:
         if len(self.levels) < 2 or any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
             raise ValueError(f"levels {self.levels} do not ascend")
 
+    @property
+    def block(self) -> int | None:
+        return self.group
+
+    @property
+    def zero(self) -> bool:
+        return True  # a mask says what is 0
+
     def split(self, X_OI: Tensor) -> Tensor:
         """[O, S, J]: a row by groups."""
         width = X_OI.shape[-1]
@@ -76,7 +138,7 @@ class Grid:
         places = torch.mul(X, 2).sub_(low).nan_to_num_(0.0).clamp_(0, len(table) - 1)
         return torch.take(table, places.to(torch.int64))
 
-    def suiting(self, W_OI: Tensor) -> Grid:
+    def suiting(self, W_OI: Tensor) -> ScaledGrid:
         """Itself, with long scales for a weight in which one group dwarfs the others of its row.
 
         An error of 3 % in the scale of a group whose largest weight is hundreds of times as large as others is as large
@@ -99,16 +161,60 @@ class Grid:
         bits, lost = scales.contiguous().view(torch.int32), self.lost
         return (bits + ((bits >> lost & 1) + (1 << lost - 1) - 1) >> lost << lost).view(torch.float32)
 
-    def rounding(self, scales_O: Tensor) -> Rounding:
-        """What rounds values [..., O] to scale · level."""
-        by_O = _reciprocal(scales_O)
-        return lambda values: self.nearest(values * by_O).mul_(scales_O).add_(0.0)  # +0 mends what is −0
+    def fit(self, W_OI: Tensor, weights_I: Tensor | None = None, keep_OI: Tensor | None = None) -> Tensor:
+        low, high = self.levels[0], self.levels[-1]
+        ends = [end for end in (high, low) if end and (end == high or low != -high)]
+        tried = [share / end for end in ends for share in _SHARES]
+        pieces = []
+        for part in _parts(*W_OI.shape):
+            keep_PI = None if keep_OI is None else keep_OI[part]
+            X_PI = W_OI[part].contiguous()
+            largest_PS = largest(X_PI if keep_PI is None else X_PI * keep_PI, self)
+            fits = [_fit(X_PI, largest_PS * share, self, weights_I, keep_PI) for share in tried]
+            fitted_TPS, saved_TPS = (torch.stack(each) for each in zip(*fits, strict=True))
+            held_TPS = self.held(fitted_TPS)
+            off_TPS = held_TPS * _reciprocal(fitted_TPS) - 1
+            most_PS, best_PS = (
+                (saved_TPS * (1 - off_TPS.square())).nan_to_num_(0.0).max(0)
+            )  # by the rounded scales
+            best_PS = held_TPS.gather(0, best_PS[None])[0]
+            pieces.append(torch.where(most_PS > 0, best_PS, 0.0))
+        return torch.cat(pieces)
+
+    def renew(
+        self, W_OJ: Tensor, state_O: Tensor, weights_J: Tensor, keep_OJ: Tensor | None = None
+    ) -> Tensor:
+        return state_O  # a group is a block of its own, whose state has just been chosen
+
+    def refit(
+        self,
+        X_OI: Tensor,
+        state_OS: Tensor,
+        weights_I: Tensor | None,
+        keep_OI: Tensor | None,
+        out_OI: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        made_OI = torch.empty_like(X_OI) if out_OI is None else out_OI
+        fitted_OS, _ = _fit(X_OI, state_OS, self, weights_I, keep_OI, made_OI)
+        return made_OI, fitted_OS
+
+    def project(self, W_OI: Tensor, state_OS: Tensor, keep_OI: Tensor | None = None) -> Tensor:
+        W_OI = W_OI.contiguous()
+        made_OI = torch.empty_like(W_OI)
+        for part in _parts(*W_OI.shape):
+            keep_PI = None if keep_OI is None else keep_OI[part]
+            _fit(W_OI[part], state_OS[part], self, None, keep_PI, made_OI[part], fixed=True)
+        return made_OI
+
+    def rounding(self, state_O: Tensor) -> Rounding:
+        by_O = _reciprocal(state_O)
+        return lambda values: self.nearest(values * by_O).mul_(state_O).add_(0.0)  # +0 mends what is −0
 
 
 def _fit(
     X_OI: Tensor,
     scales_OS: Tensor,
-    grid: Grid,
+    grid: ScaledGrid,
     weights_I: Tensor | None,
     keep_OI: Tensor | None,
     made_OI: Tensor | None = None,
@@ -146,7 +252,7 @@ def _reciprocal(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales.reciprocal())
 
 
-def _weights(like_OI: Tensor, weights_I: Tensor | None, keep_OI: Tensor | None, grid: Grid) -> Tensor:
+def _weights(like_OI: Tensor, weights_I: Tensor | None, keep_OI: Tensor | None, grid: ScaledGrid) -> Tensor:
     """[1 or O, S, J]: what a squared error of each value counts; what is not kept, and what fills up, nothing."""
     weights = torch.ones_like(like_OI[:1]) if weights_I is None else weights_I.to(like_OI.dtype)[None]
     return grid.split(weights if keep_OI is None else weights * keep_OI)
@@ -157,61 +263,10 @@ def _parts(rows: int, width: int) -> Iterator[slice]:
     return (slice(top, top + step) for top in range(0, rows, step))
 
 
-def largest(X_OI: Tensor, grid: Grid) -> Tensor:
+def largest(X_OI: Tensor, grid: ScaledGrid) -> Tensor:
     """[O, S]: of each group the value of the largest magnitude, with its sign."""
     X_OSJ = grid.split(X_OI)
     return X_OSJ.gather(-1, X_OSJ.abs().argmax(-1, keepdim=True)).squeeze(-1)
-
-
-def best_scales(
-    W_OI: Tensor,
-    grid: Grid,
-    weights_I: Tensor | None = None,
-    keep_OI: Tensor | None = None,
-) -> Tensor:
-    """[O, S]: the scales with the smallest Σ weights·(W − scale·level)² over what is kept."""
-    low, high = grid.levels[0], grid.levels[-1]
-    ends = [end for end in (high, low) if end and (end == high or low != -high)]
-    tried = [share / end for end in ends for share in _SHARES]
-    pieces = []
-    for part in _parts(*W_OI.shape):
-        keep_PI = None if keep_OI is None else keep_OI[part]
-        X_PI = W_OI[part].contiguous()
-        largest_PS = largest(X_PI if keep_PI is None else X_PI * keep_PI, grid)
-        fits = [_fit(X_PI, largest_PS * share, grid, weights_I, keep_PI) for share in tried]
-        fitted_TPS, saved_TPS = (torch.stack(each) for each in zip(*fits, strict=True))
-        held_TPS = grid.held(fitted_TPS)
-        off_TPS = held_TPS * _reciprocal(fitted_TPS) - 1
-        most_PS, best_PS = (
-            (saved_TPS * (1 - off_TPS.square())).nan_to_num_(0.0).max(0)
-        )  # by the rounded scales
-        best_PS = held_TPS.gather(0, best_PS[None])[0]
-        pieces.append(torch.where(most_PS > 0, best_PS, 0.0))
-    return torch.cat(pieces)
-
-
-def refit_scales(
-    X_OI: Tensor,
-    scales_OS: Tensor,
-    grid: Grid,
-    weights_I: Tensor | None,
-    keep_OI: Tensor | None,
-    out_OI: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """X on the grid, levels by the scales given and values by their least-squares refit, in `out` if given; and the refitted scales."""
-    made_OI = torch.empty_like(X_OI) if out_OI is None else out_OI
-    fitted_OS, _ = _fit(X_OI, scales_OS, grid, weights_I, keep_OI, made_OI)
-    return made_OI, fitted_OS
-
-
-def project(W_OI: Tensor, scales_OS: Tensor, grid: Grid, keep_OI: Tensor | None = None) -> Tensor:
-    """The nearest value on the grid where kept, else +0."""
-    W_OI = W_OI.contiguous()
-    made_OI = torch.empty_like(W_OI)
-    for part in _parts(*W_OI.shape):
-        keep_PI = None if keep_OI is None else keep_OI[part]
-        _fit(W_OI[part], scales_OS[part], grid, None, keep_PI, made_OI[part], fixed=True)
-    return made_OI
 
 
 def kept_on_grid(W_OI: Tensor, keep_OI: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from tawny.patterns import (
     zeros_first,
 )
 from tawny.solvers.base import Columns, Damp, Needs, Seen, Solution, Solver, input_hessian, require_finite
-from tawny.solvers.grid import Grid, Rounding, best_scales, kept_on_grid
+from tawny.solvers.grid import Grid, Rounding, kept_on_grid
 from tawny.solvers.inverse import with_damping
 from tawny.solvers.output import row_roots
 
@@ -196,9 +196,9 @@ class SparseGPT(Solver):
                 bench.keep(slice(None), stay_OJ.t())
                 if grid.group is not None:
                     weights_J = factor.diagonal_I[start:stop].square()
-                    scales.append(best_scales(bench.V_JO.t().contiguous(), grid, weights_J, stay_OJ))
+                    scales.append(grid.fit(bench.V_JO.t().contiguous(), weights_J, stay_OJ))
                 elif not scales:
-                    scales.append(best_scales(W_OI, grid, factor.diagonal_I.square(), stay_OI))
+                    scales.append(grid.fit(W_OI, factor.diagonal_I.square(), stay_OI))
                 nearest = grid.rounding(scales[-1][:, 0])
             for left, part in bench.steps:
                 if left:
