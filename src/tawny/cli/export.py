@@ -8,7 +8,7 @@ import typer
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import OUTPUT, RECIPE, Model, option, path_named
+from tawny.cli.options import DATA, OUTPUT, RECIPE, Model, option, path_named
 from tawny.cli.root import verb
 from tawny.report.frames import Frame, Result, facts
 from tawny.words import duration, size
@@ -24,31 +24,53 @@ def _file(text: str) -> Path:
     "tawny export pruned --to gguf --out pruned.gguf",
     "tawny export pruned --to gguf --out pruned-q8.gguf --type Q8_0",
     "tawny export pruned --to gguf --out pruned.gguf --tokenizer-from original.gguf",
+    "tawny export ./model --to imatrix --out model.imatrix.gguf --calibration wiki --samples 16 --seqlen 1024",
 )
 def export(
     model: Model,
     console: Console,
     *,
-    to: str = option("--to RUNTIME", "gguf, for llama.cpp.", RECIPE, default=...),
+    to: str = option(
+        "--to TARGET",
+        "gguf, for llama.cpp; imatrix, the importance matrix of its llama-quantize.",
+        RECIPE,
+        default=...,
+    ),
     out: Path = option("--out FILE", "File to write.", OUTPUT, default=..., parser=_file),
     type: str | None = option(
         "--type TYPE",
-        "F32, F16, BF16, Q8_0, Q5_0 or Q4_0. Default: as the weights are stored, and F32 for packed integers.",
+        "Of gguf: F32, F16, BF16, Q8_0, Q5_0 or Q4_0. Default: as the weights are stored, and F32 for packed integers.",
         RECIPE,
     ),
     tokenizer_from: str | None = option(
         "--tokenizer-from FILE",
-        "GGUF file whose tokenizer is taken. Default: the one the model came from, or else tokenizer.json.",
+        "Of gguf: file whose tokenizer is taken. Default: the one the model came from, or else tokenizer.json.",
         RECIPE,
     ),
+    calibration: list[str] | None = option(
+        "--calibration TEXT[=SHARE]",
+        "Of imatrix: text to measure inputs on, as for `tawny prune`; repeatable. Default: c4.",
+        DATA,
+    ),
+    samples: int | None = option("--samples N", "Windows of text. Default: 128.", DATA),
+    seqlen: int | None = option("--seqlen N", "Tokens a window. Default: 2048.", DATA),
     overwrite: bool = option("--overwrite", "Replace an existing file.", OUTPUT, default=False),
 ) -> None:
     """Write MODEL as a file that another runtime opens. Zeros stay zeros; llama.cpp stores and multiplies them."""
     with console.progress() as progress:
         report = tawny.export(
-            model, out, to, type, tokenizer_from=tokenizer_from, overwrite=overwrite, progress=progress
+            model,
+            out,
+            to,
+            type,
+            tokenizer_from=tokenizer_from,
+            calibration=calibration or None,
+            samples=samples,
+            seqlen=seqlen,
+            overwrite=overwrite,
+            progress=progress,
         )
-    console.result(report.to_dict(), export_tables)
+    console.result(report.to_dict(), imatrix_tables if to == "imatrix" else export_tables)
 
 
 def export_tables(report: Result) -> list[Frame]:
@@ -60,5 +82,22 @@ def export_tables(report: Result) -> list[Frame]:
         ("tokenizer", f"of {report['tokenizer']}"),
         ("time", duration(report["seconds"])),
         ("written", f"{report['out']} ({report['architecture']}), opened again and compared"),
+    ]
+    return [facts(rows)]
+
+
+def imatrix_tables(report: Result) -> list[Frame]:
+    text = report["text"]
+    unseen = (
+        f"; no token reached {report['unseen']} experts, whose inputs count alike" if report["unseen"] else ""
+    )
+    rows = [
+        ("measured", f"inputs of {report['tensors']} tensors{unseen}"),
+        ("text", f"{text['name']}, {text['samples']} × {text['seqlen']} tokens"),
+        ("time", duration(report["seconds"])),
+        (
+            "written",
+            f"{report['out']}, {size(report['bytes'])}; llama-quantize --imatrix {report['out']} … reads it",
+        ),
     ]
     return [facts(rows)]

@@ -7,7 +7,7 @@ The finished file is opened again, and every tensor is compared with the checkpo
 
 from __future__ import annotations
 
-__all__ = ["TYPES", "ExportReport", "export_gguf"]
+__all__ = ["TYPES", "ExportReport", "check_apart", "check_out", "export_gguf"]
 
 import json
 import math
@@ -218,35 +218,26 @@ def _check(values: Tensor, data: Any, tensor: _Tensor) -> int:
 def export_gguf(
     source: str | Path,
     out: Path,
-    kind: str | None = None,
     *,
-    tokenizer: str | Path | None = None,
+    type: str | None = None,
+    tokenizer_from: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> ExportReport:
     """`export` to GGUF."""
     started = time.perf_counter()
-    kind = None if kind is None else kind.upper()
+    kind = None if type is None else type.upper()
     if kind is not None and kind not in TYPES:
         raise UserError(
             f"type {kind!r} is not written{nearest(kind, TYPES)}; choose one of {', '.join(TYPES)}"
         )
-    if out.is_dir():
-        raise OutputError(
-            f"{out} is a folder; expected a file to write: give --out a name such as {out / 'model.gguf'}"
-        )
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
     whole = gguf_behind(source)
-    words = None if tokenizer is None else gguf_behind(tokenizer)
-    # Before the minutes that reading such a file takes.
-    _check_apart(out, [path for path in (whole, words) if path is not None])
+    words = None if tokenizer_from is None else gguf_behind(tokenizer_from)
+    check_out(out, overwrite, whole, words)  # before the minutes that reading such a file takes
     folder = resolve(source, progress.say)
-    origin = _origin(folder)
-    own = [folder.resolve() / x.name for x in folder.iterdir()]
-    _check_apart(out, own if origin is None else [*own, origin])
+    check_apart(out, folder)
     work = _Export(folder)
-    keys, whose = _tokenizer(source, folder, tokenizer, work.words)
+    keys, whose = _tokenizer(source, folder, tokenizer_from, work.words)
     planned = work.plan(kind)
     with writing(out), durable.beside(out) as temporary:
         _write(temporary, work, planned, keys, folder.name if whole is None else str(source), progress)
@@ -266,11 +257,27 @@ def export_gguf(
     )
 
 
-def _check_apart(out: Path, files: list[Path]) -> None:
-    if any(same_place(out, file) for file in files):
+def check_out(out: Path, overwrite: bool, *files: Path | None) -> None:
+    """Refuse an `out` that is a folder, that exists and may not be replaced, or that is one of the `files`.
+
+    Raises:
+        OutputError: it is.
+    """
+    if out.is_dir():
+        raise OutputError(
+            f"{out} is a folder; expected a file to write: give --out a name such as {out / 'model.gguf'}"
+        )
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+    if any(file is not None and same_place(out, file) for file in files):
         raise OutputError(
             f"{out} is a file of the model itself or of its tokenizer; a source is never overwritten: choose another --out"
         )
+
+
+def check_apart(out: Path, folder: Path) -> None:
+    """Refuse an `out` that is a file of the model in `folder`, or the GGUF file that this came from; raises as `check_out` does."""
+    check_out(out, True, *(folder.resolve() / x.name for x in folder.iterdir()), _origin(folder))
 
 
 def _write(

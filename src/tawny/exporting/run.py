@@ -4,15 +4,22 @@ from __future__ import annotations
 
 __all__ = ["EXPORTERS", "export"]
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tawny.errors import UserError, nearest
 from tawny.exporting.gguf import ExportReport, export_gguf
+from tawny.exporting.imatrix import ImatrixReport, export_imatrix
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.run.place import place_of
 
-EXPORTERS = {"gguf": export_gguf}
+# Target → what writes it, and the options that it takes.
+EXPORTERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "gguf": (export_gguf, ("type", "tokenizer_from")),
+    "imatrix": (export_imatrix, ("calibration", "samples", "seqlen")),
+}
 
 
 @opens_models
@@ -23,27 +30,33 @@ def export(
     type: str | None = None,
     *,
     tokenizer_from: str | Path | None = None,
+    calibration: Any = None,
+    samples: int | None = None,
+    seqlen: int | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
     trust_remote_code: bool = False,
-) -> ExportReport:
+) -> ExportReport | ImatrixReport:
     """Write a checkpoint as a file that another runtime opens.
 
     Args:
         source: a folder (dense, quantised or packed), hub id, `.gguf` file or `smollm2`.
         out: file to write.
-        to: `gguf`, for llama.cpp.
-        type: of the matrices: F32, F16, BF16, Q8_0, Q5_0 or Q4_0; None keeps the one they are stored in. With Q5_0 and Q4_0 the
+        to: `gguf`, for llama.cpp; or `imatrix`, the importance matrix that its `llama-quantize` takes, which is measured on a text
+            and holds the mean square of each input of every linear, for experts one by one.
+        type: of the matrices of `gguf`: F32, F16, BF16, Q8_0, Q5_0 or Q4_0; None keeps the one they are stored in. With Q5_0 and Q4_0 the
             embedding and the head are Q8_0; matrices whose width is not a multiple of 32 are F16 then.
         tokenizer_from: a GGUF file (or `smollm2`) whose tokenizer is taken; None takes that of the GGUF file the model came
             from, or makes it from `tokenizer.json`.
+        calibration, samples, seqlen: what an `imatrix` is measured on, as for `tawny.prune`; None: 128 windows of 2,048 tokens of c4.
         overwrite: replace an existing file.
         progress: told how far the work is.
         trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
-        ModelError: llama.cpp has no architecture for it that Tawny writes, or its tokenizer is not known.
-        UserError: an unknown runtime or type.
+        ModelError: llama.cpp has no architecture for it that Tawny writes, no name for a linear, or its tokenizer is not known.
+        TextError: the calibration text cannot be had or is too short.
+        UserError: an unknown target or type, or an option that the target does not take.
         OutputError: `out` exists or cannot be written.
         CheckpointError: the folder is damaged.
     """
@@ -51,6 +64,20 @@ def export(
         raise UserError(
             f"--to {to!r} is not known{nearest(to, EXPORTERS)}; choose one of {', '.join(EXPORTERS)}"
         )
-    return EXPORTERS[to](
-        source, place_of(out), type, tokenizer=tokenizer_from, overwrite=overwrite, progress=progress
+    exporter, takes = EXPORTERS[to]
+    options = {
+        "type": type,
+        "tokenizer_from": tokenizer_from,
+        "calibration": calibration,
+        "samples": samples,
+        "seqlen": seqlen,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if wrong := [f"--{name.replace('_', '-')}" for name in given if name not in takes]:
+        raise UserError(
+            f"--to {to} takes no {' and no '.join(wrong)}: leave {'it' if len(wrong) == 1 else 'them'} out"
+        )
+    report: ExportReport | ImatrixReport = exporter(
+        source, place_of(out), **given, overwrite=overwrite, progress=progress
     )
+    return report
