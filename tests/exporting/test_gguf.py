@@ -16,7 +16,7 @@ from transformers import Gemma2Config, Starcoder2Config
 import tawny
 from tawny.errors import CheckpointError, ModelError, OutputError, UserError
 from tawny.exporting.architectures import ARCHITECTURES
-from tawny.exporting.gguf import TYPES, _check, _stored, _Tensor
+from tawny.exporting.gguf import TYPES, Target, check, stored
 from tawny.exporting.tokenizer import keys_of_folder, keys_of_gguf
 from tawny.model.gguf_conversion import _read_attention
 from tawny.model.source import packaged_gguf
@@ -266,11 +266,11 @@ def test_every_type_keeps_every_zero_of_a_pruned_model(kind, words, tmp_path, ru
 @pytest.mark.parametrize("magnitude", [1e-2, 2e-3, 1e-4, 1e-6, 1e-9])
 def test_scales_that_float16_hardly_holds_are_no_error(kind: str, magnitude: float) -> None:
     values = magnitude * (2 * torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) - 1)
-    tensor = _Tensor("blk.0.ffn_up.weight", (64, 64), kind, None)
-    data = _stored(values, tensor)
-    _check(values, data, tensor)
+    tensor = Target("blk.0.ffn_up.weight", (64, 64), kind, None)
+    data = stored(values, tensor)
+    check(values, data, tensor)
     with pytest.raises(CheckpointError, match="is not what was exported"):
-        _check(values + max(0.6 * magnitude, 1e-5), data, tensor)
+        check(values + max(0.6 * magnitude, 1e-5), data, tensor)
 
 
 def test_a_packed_folder_gives_the_file_of_the_dense_one_and_remembers_no_tokenizer_that_is_gone(

@@ -21,10 +21,9 @@ def _file(text: str) -> Path:
 
 
 @verb(
-    "tawny export pruned --to gguf --out pruned.gguf",
     "tawny export pruned --to gguf --out pruned-q8.gguf --type Q8_0",
-    "tawny export pruned --to gguf --out pruned.gguf --tokenizer-from original.gguf",
     "tawny export ./model --to imatrix --out model.imatrix.gguf --calibration wiki --samples 16 --seqlen 1024",
+    "tawny export pruned --to gguf --out pruned.gguf --template original-f16.gguf",
 )
 def export(
     model: Model,
@@ -39,13 +38,20 @@ def export(
     out: Path = option("--out FILE", "File to write.", OUTPUT, default=..., parser=_file),
     type: str | None = option(
         "--type TYPE",
-        "Of gguf: F32, F16, BF16, Q8_0, Q5_0 or Q4_0. Default: as the weights are stored, and F32 for packed integers.",
+        "Of gguf: F32, F16, BF16, Q8_0, Q5_0 or Q4_0. Default: that of the template, or as the weights are stored, and F32 for packed "
+        "integers.",
         RECIPE,
     ),
     tokenizer_from: str | None = option(
         "--tokenizer-from FILE",
         "Of gguf: file whose tokenizer is taken. Default: the one the model came from, or else tokenizer.json.",
         RECIPE,
+    ),
+    template: Path | None = option(
+        "--template FILE",
+        "Of gguf: whole file of the dense model, of any architecture; all but the changed matrices is kept.",
+        RECIPE,
+        parser=path_named,
     ),
     calibration: list[str] | None = option(
         "--calibration TEXT[=SHARE]",
@@ -64,6 +70,7 @@ def export(
             to,
             type,
             tokenizer_from=tokenizer_from,
+            template=template,
             calibration=calibration or None,
             samples=samples,
             seqlen=seqlen,

@@ -7,7 +7,18 @@ The finished file is opened again, and every tensor is compared with the checkpo
 
 from __future__ import annotations
 
-__all__ = ["TYPES", "ExportReport", "check_apart", "check_out", "export_gguf"]
+__all__ = [
+    "TYPES",
+    "ExportReport",
+    "Target",
+    "check",
+    "check_apart",
+    "check_out",
+    "export_gguf",
+    "kind_for",
+    "known_type",
+    "stored",
+]
 
 import json
 import math
@@ -89,7 +100,7 @@ class ExportReport:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Target:
     """One tensor of the file: where its numbers come from and how they are stored."""
 
     name: str
@@ -109,7 +120,8 @@ class _Export:
         config = self.model.config
         if config.model_type not in ARCHITECTURES:
             raise ModelError(
-                f"model type {config.model_type!r} is not exported to GGUF, only {', '.join(ARCHITECTURES)}; use {CONVERTER}"
+                f"model type {config.model_type!r} is not exported to GGUF, only {', '.join(ARCHITECTURES)}; pass --template with "
+                f"a GGUF file of the model, such as {CONVERTER} makes"
             )
         self.architecture: Architecture = ARCHITECTURES[config.model_type]
         self.header = metadata(config, self.architecture)
@@ -120,7 +132,7 @@ class _Export:
         self.words = int(self.model.get_input_embeddings().weight.shape[0])
         self.checkpoint.map_to(self.model)
 
-    def plan(self, kind: str | None) -> list[_Tensor]:
+    def plan(self, kind: str | None) -> list[Target]:
         """Every tensor of the file, in its order; without a `kind` matrices keep the type they have."""
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -141,12 +153,12 @@ class _Export:
                         f"{target!r} has no place in the architecture {self.architecture.name!r} of llama.cpp; use {CONVERTER}"
                     )
                 shape = tuple(parameters[target].shape)
-                planned.append(_Tensor(name, shape, _kind(name, shape, kind), unit))
+                planned.append(Target(name, shape, kind_for(name, shape, kind), unit))
         if self.factors is not None:
-            planned.append(_Tensor("rope_freqs.weight", tuple(self.factors.shape), "F32", None))
+            planned.append(Target("rope_freqs.weight", tuple(self.factors.shape), "F32", None))
         return planned
 
-    def slabs(self, tensor: _Tensor) -> Iterator[Tensor]:
+    def slabs(self, tensor: Target) -> Iterator[Tensor]:
         """The numbers of a tensor as llama.cpp wants them, float32, some rows at a time."""
         if tensor.unit is None:
             assert self.factors is not None
@@ -163,7 +175,7 @@ class _Export:
             yield values
 
 
-def _kind(name: str, shape: tuple[int, ...], wanted: str) -> str:
+def kind_for(name: str, shape: tuple[int, ...], wanted: str) -> str:
     if len(shape) < 2:
         return "F32"
     if TYPES[wanted].dtype is not None:
@@ -173,7 +185,7 @@ def _kind(name: str, shape: tuple[int, ...], wanted: str) -> str:
     return "Q8_0" if name in _ENDS else wanted
 
 
-def _stored(values: Tensor, tensor: _Tensor) -> Any:
+def stored(values: Tensor, tensor: Target) -> Any:
     """Numbers as the bytes of a GGUF file."""
     import gguf
 
@@ -187,7 +199,7 @@ def _stored(values: Tensor, tensor: _Tensor) -> Any:
     return gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.kind])
 
 
-def _check(values: Tensor, data: Any, tensor: _Tensor) -> int:
+def check(values: Tensor, data: Any, tensor: Target) -> int:
     """Compare what is in the file with what was meant; returns how many exact zeros were kept.
 
     Raises:
@@ -226,11 +238,7 @@ def export_gguf(
 ) -> ExportReport:
     """`export` to GGUF."""
     started = time.perf_counter()
-    kind = None if type is None else type.upper()
-    if kind is not None and kind not in TYPES:
-        raise UserError(
-            f"type {kind!r} is not written{nearest(kind, TYPES)}; choose one of {', '.join(TYPES)}"
-        )
+    kind = known_type(type)
     whole = gguf_behind(source)
     words = None if tokenizer_from is None else gguf_behind(tokenizer_from)
     check_out(out, overwrite, whole, words)  # before the minutes that reading such a file takes
@@ -257,6 +265,20 @@ def export_gguf(
     )
 
 
+def known_type(type: str | None) -> str | None:
+    """The type, in capitals.
+
+    Raises:
+        UserError: it is none of those that are written.
+    """
+    kind = None if type is None else type.upper()
+    if kind is not None and kind not in TYPES:
+        raise UserError(
+            f"type {kind!r} is not written{nearest(kind, TYPES)}; choose one of {', '.join(TYPES)}"
+        )
+    return kind
+
+
 def check_out(out: Path, overwrite: bool, *files: Path | None) -> None:
     """Refuse an `out` that is a folder, that exists and may not be replaced, or that is one of the `files`.
 
@@ -281,7 +303,7 @@ def check_apart(out: Path, folder: Path) -> None:
 
 
 def _write(
-    path: Path, work: _Export, planned: list[_Tensor], keys: dict[str, Key], name: str, progress: Progress
+    path: Path, work: _Export, planned: list[Target], keys: dict[str, Key], name: str, progress: Progress
 ) -> None:
     import gguf
 
@@ -306,12 +328,12 @@ def _write(
     writer.write_ti_data_to_file()
     progress.phase("exporting", len(planned), "tensors")
     for tensor in planned:
-        writer.write_tensor_data(np.concatenate([_stored(values, tensor) for values in work.slabs(tensor)]))
+        writer.write_tensor_data(np.concatenate([stored(values, tensor) for values in work.slabs(tensor)]))
         progress.step(tensor.name)
     writer.close()
 
 
-def _compare(path: Path, work: _Export, planned: list[_Tensor], progress: Progress) -> int:
+def _compare(path: Path, work: _Export, planned: list[Target], progress: Progress) -> int:
     """Open the file again and compare every tensor with the checkpoint; returns the zeros that were kept."""
     from gguf import GGUFReader
 
@@ -324,7 +346,7 @@ def _compare(path: Path, work: _Export, planned: list[_Tensor], progress: Progre
             )
         start = 0
         for values in work.slabs(tensor):
-            zeros += _check(values, written.data[start : start + len(values)], tensor)
+            zeros += check(values, written.data[start : start + len(values)], tensor)
             start += len(values)
         progress.step(tensor.name)
     return zeros

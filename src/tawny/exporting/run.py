@@ -11,13 +11,14 @@ from typing import Any
 from tawny.errors import UserError, nearest
 from tawny.exporting.gguf import ExportReport, export_gguf
 from tawny.exporting.imatrix import ImatrixReport, export_imatrix
+from tawny.exporting.through import export_through
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.run.place import place_of
 
 # Target → what writes it, and the options that it takes.
 EXPORTERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "gguf": (export_gguf, ("type", "tokenizer_from")),
+    "gguf": (export_gguf, ("type", "tokenizer_from", "template")),
     "imatrix": (export_imatrix, ("calibration", "samples", "seqlen")),
 }
 
@@ -30,6 +31,7 @@ def export(
     type: str | None = None,
     *,
     tokenizer_from: str | Path | None = None,
+    template: str | Path | None = None,
     calibration: Any = None,
     samples: int | None = None,
     seqlen: int | None = None,
@@ -48,13 +50,17 @@ def export(
             embedding and the head are Q8_0; matrices whose width is not a multiple of 32 are F16 then.
         tokenizer_from: a GGUF file (or `smollm2`) whose tokenizer is taken; None takes that of the GGUF file the model came
             from, or makes it from `tokenizer.json`.
+        template: a GGUF file of the same dense model (F32, F16, BF16 or Q8_0), of any architecture: its keys, its tokenizer and all
+            tensors but the changed matrices are kept. Without a `type`, matrices keep that of the template. A pruned folder's
+            `run.json` says which dense model it was made from.
         calibration, samples, seqlen: what an `imatrix` is measured on, as for `tawny.prune`; None: 128 windows of 2,048 tokens of c4.
         overwrite: replace an existing file.
         progress: told how far the work is.
         trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
-        ModelError: llama.cpp has no architecture for it that Tawny writes, no name for a linear, or its tokenizer is not known.
+        ModelError: llama.cpp has no architecture for it that Tawny writes, no name for a linear, or its tokenizer is not known; or the
+            template is of another model.
         TextError: the calibration text cannot be had or is too short.
         UserError: an unknown target or type, or an option that the target does not take.
         OutputError: `out` exists or cannot be written.
@@ -68,6 +74,7 @@ def export(
     options = {
         "type": type,
         "tokenizer_from": tokenizer_from,
+        "template": template,
         "calibration": calibration,
         "samples": samples,
         "seqlen": seqlen,
@@ -77,6 +84,10 @@ def export(
         raise UserError(
             f"--to {to} takes no {' and no '.join(wrong)}: leave {'it' if len(wrong) == 1 else 'them'} out"
         )
+    if template is not None:
+        if tokenizer_from is not None:
+            raise UserError("--template brings its own tokenizer; leave out --tokenizer-from")
+        exporter = export_through
     report: ExportReport | ImatrixReport = exporter(
         source, place_of(out), **given, overwrite=overwrite, progress=progress
     )
