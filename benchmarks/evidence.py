@@ -6,8 +6,8 @@
     python benchmarks/evidence.py … --tasks 100 --cells dense best:0.5           # seven zero-shot tasks of finished cells
 
 A cell is `RECIPE:SPARSITY`, that packed as `:KIND` (head in int8), `int4:GROUP` (no zeros, solved on the grid),
-`recovered:MINUTES` of the best model at 50 %, that packed as `:int8`, or `llama:TYPE`, made by llama.cpp's own quantiser from
-the dequantised model and judged dequantised, by the same evaluator. Recipes are those of recipes/, `sparsegpt` (uniform) and
+`recovered:MINUTES` of the best model at 50 %, that packed as `:int8`, or `llama:TYPE`, made by llama.cpp's own quantiser (`make
+llama`) from the dequantised model and judged dequantised, by the same evaluator. Recipes are those of recipes/, `sparsegpt` (uniform) and
 `2:4`. Every model is made in DIR and stays there.
 
 Texts: `wiki`, the given text, the English of `pydoc_data.topics`, and every tenth module of the standard library by name.
@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import begun, keep, measured, parser_of
-from turns import quantise, speeds_of
+from llama_tools import quantise
+from turns import speeds_of
 
 import tawny
 from tawny.model.checkpoint import file_bytes
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--llama", help="interpreter with llama-cpp-python")
+    parser.add_argument("--llama", help="interpreter with llama-cpp-python, for --speed of its files")
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=1024)
@@ -91,8 +92,6 @@ def main() -> None:
             add(name, found | {"dense_decode": made["dense"]["decode_tokens_per_second"]})
         return
     for name in args.cells:
-        if name.startswith("llama:") and not args.llama:
-            continue
         if "texts" not in results["cells"].get(name, {}):
             add(name, cell(args, name, texts))
         if args.tasks and "tasks" not in results["cells"][name]:
@@ -164,7 +163,7 @@ def make(args: argparse.Namespace, name: str, folder: Path) -> None:
     calibration += ["--samples", str(args.samples), "--seqlen", str(args.seqlen)]
     head, _, rest = name.partition(":")
     if head == "llama":
-        return quantise(args.llama, args.model, folder, rest)
+        return quantise(args.model, folder, rest)
     if name.count(":") == 2:  # a finished model, packed
         base, kind = name.rsplit(":", 1)
         dense = place(args, base)

@@ -2,13 +2,13 @@
 
     python benchmarks/frontier.py --text wiki --text PATH.txt --seqlen 512 --eval-seqlen 512
     python benchmarks/frontier.py … --work DIR --cells fit:3.5      # keeps the models, and goes on
-    python benchmarks/frontier.py … --llama PATH/python --cells llama:Q4_K_M llama:Q3_K_M
+    python benchmarks/frontier.py … --cells llama:Q4_K_M llama:Q3_K_M      # needs `make llama`
     python benchmarks/frontier.py … --work DIR --llama PATH/python --speed      # tokens a second of what is in DIR, in turn
 
 All start from the same model, whose channels were scaled so that no side meets a grid again (fair_start.py). A cell is
 `KIND:GROUP:SPARSITY` (by `--solver`, head in int8), `fit:BITS`, or `llama:TYPE`, which llama.cpp's own quantiser makes of that
-model, without an importance matrix, in the environment whose interpreter is `--llama`; its file is judged dequantised, by the
-same evaluator. `CELL+MINUTES` is one of ours after so many minutes of `tawny recover` on the calibration text. With `--work`
+model without an importance matrix (gguf_files.py has them with one); its file is judged dequantised, by the same evaluator.
+Speeds of these files are measured in the environment whose interpreter is `--llama`. `CELL+MINUTES` is one of ours after so many minutes of `tawny recover` on the calibration text. With `--work`
 the scaled model is `DIR/source`, each model stays in `DIR/CELL`, and the same command goes on inside a fit that was stopped.
 A tiny run:
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --cells int4:64:0 fit:4`.
@@ -22,6 +22,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from cells import parser_for
 from fair_start import scale_channels
 from gguf import GGUFReader
 from harness import begun, keep, measured
-from turns import quantise, speeds_of
+from llama_tools import quantise
+from turns import speeds_of
 
 import tawny
 from tawny.kinds import kind_of
@@ -61,9 +63,9 @@ def main() -> None:
     parser = parser_for(__doc__, "frontier.json")
     parser.add_argument("--work", type=Path, help="folder to keep the models in; default: none is kept")
     parser.add_argument("--solver", default="alps")
-    parser.add_argument("--llama", help="interpreter with llama-cpp-python")
+    parser.add_argument("--llama", help="interpreter with llama-cpp-python, for --speed of its files")
     parser.add_argument(
-        "--cells", nargs="*", help="default: ours, and llama.cpp's where --llama is given; see above"
+        "--cells", nargs="*", default=[*CELLS, *THEIRS], help="default: ours, and llama.cpp's"
     )
     parser.add_argument("--speed", action="store_true", help="only measure speeds of models in --work")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of --speed")
@@ -82,24 +84,48 @@ def main() -> None:
         source = work / "source"
         if not source.exists():
             write_source(args.model, source)
-        cells = [*CELLS, *(THEIRS if args.llama else ())] if args.cells is None else args.cells
-        if not args.llama and any(name.startswith("llama:") for name in cells):
-            raise SystemExit("cells of llama.cpp need --llama, an interpreter with llama-cpp-python")
-        for name in cells:
-            if name in results["cells"]:
-                continue
+
+        def make(name: str) -> dict[str, Any]:
             folder = place(work, name)
-            results["cells"][name] = made = cell(args, source, name, folder)
-            if args.work is None and folder.exists():
+            made = cell(args, source, name, folder)
+            if args.work is None and folder.is_dir():
                 shutil.rmtree(folder)
-            if args.results.exists():  # another run may have added cells meanwhile
-                theirs = json.loads(args.results.read_text(encoding="utf-8"))["cells"]
-                results["cells"] = theirs | results["cells"]
-            keep(args.results, results)
-            shown = ", ".join(
-                f"{k} KL {v['kl']:.4f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items()
-            )
-            print(f"{name}: {made['bytes'] / 1e6:.1f} MB, {made['seconds']:.0f} s, {shown}", flush=True)
+            return made
+
+        fill(args, results, args.cells, make)
+
+
+def fill(
+    args: Any, results: dict[str, Any], names: Iterable[str], make: Callable[[str], dict[str, Any]]
+) -> None:
+    """Make the cells that the results lack, and keep them after each."""
+    for name in names:
+        if name in results["cells"]:
+            continue
+        results["cells"][name] = made = make(name)
+        if args.results.exists():  # another run may have added cells meanwhile
+            theirs = json.loads(args.results.read_text(encoding="utf-8"))["cells"]
+            results["cells"] = theirs | results["cells"]
+        keep(args.results, results)
+        shown = ", ".join(f"{k} KL {v['kl']:.4f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items())
+        print(f"{name}: {made['bytes'] / 1e6:.1f} MB, {made['seconds']:.0f} s, {shown}", flush=True)
+
+
+def judged(model: Path, source: Path, args: Any, *, by_window: bool = False) -> dict[str, Any]:
+    """A model beside its source on every text; `by_window` with the KL of each window, for differences in pairs."""
+    texts = {}
+    for text in args.text:
+        keys = {"seqlen": args.eval_seqlen, "windows": args.windows, "compute": "float32"}
+        found = tawny.agreement(model, source, text, **keys)
+        texts[Path(text).name] = {
+            "kl": found.kl,
+            "kl_stderr": found.kl_stderr,
+            "top1": found.top1,
+            "perplexity": found.perplexity.perplexity,
+            "dense": found.dense.perplexity,
+            **({"kl_by_window": [round(kl, 6) for kl in found.kl_by_window]} if by_window else {}),
+        }
+    return texts
 
 
 def place(work: Path, name: str) -> Path:
@@ -153,7 +179,7 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
     elif name.startswith("llama:"):
         start = time.perf_counter()
         if not folder.exists():
-            quantise(args.llama, source, folder, name[6:])
+            quantise(source, folder, name[6:])
         seconds = time.perf_counter() - start
     else:
         kind, group, sparsity = name.split(":")
@@ -171,18 +197,7 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
         size = folder.stat().st_size - GGUFReader(folder).data_offset
     else:
         size = file_bytes(folder) + (folder / INDEX).stat().st_size
-    texts = {}
-    for text in args.text:
-        keys = {"seqlen": args.eval_seqlen, "windows": args.windows, "compute": "float32"}
-        found = tawny.agreement(folder, source, text, **keys)
-        texts[Path(text).name] = {
-            "kl": found.kl,
-            "kl_stderr": found.kl_stderr,
-            "top1": found.top1,
-            "perplexity": found.perplexity.perplexity,
-            "dense": found.dense.perplexity,
-        }
-    return {"bytes": size, "seconds": seconds, "texts": texts, **more}
+    return {"bytes": size, "seconds": seconds, "texts": judged(folder, source, args), **more}
 
 
 if __name__ == "__main__":

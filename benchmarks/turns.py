@@ -93,32 +93,6 @@ def speeds_of(
     return {name: rates(turns, prompt, tokens) for name, turns in seconds.items()}
 
 
-# Run by the interpreter with llama-cpp-python: from one file to another, of a type.
-QUANTISE = """
-import ctypes, sys, llama_cpp
-_, source, out, kind = sys.argv
-params = llama_cpp.llama_model_quantize_default_params()
-params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
-sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
-"""
-
-
-def quantise(llama: str, model: str | Path, out: Path, kind: str) -> None:
-    """llama.cpp's own file of a type, without an importance matrix; `source.gguf`, the whole model, lies beside it.
-
-    Args:
-        llama: the interpreter of an environment that has llama-cpp-python.
-    """
-    import tawny
-
-    whole, unfinished = out.with_name("source.gguf"), out.with_suffix(".partial")
-    if not whole.exists():
-        tawny.export(model, whole, to="gguf")
-    command = [llama, "-c", QUANTISE, whole, unfinished, kind]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    unfinished.rename(out)
-
-
 def answer(lines: Iterator[Any]) -> None:
     """The child's side: a line now, and one for each turn."""
     for line in lines:
