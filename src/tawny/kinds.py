@@ -6,7 +6,18 @@ make the compiled kernels read it too. Nothing here imports torch before it comp
 
 from __future__ import annotations
 
-__all__ = ["KINDS", "Kind", "half_steps", "kind_of", "names_of", "range_of", "scaled_kinds"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Solved",
+    "half_steps",
+    "kind_of",
+    "names_of",
+    "range_of",
+    "scaled_kinds",
+    "solved_kind",
+    "solved_kinds",
+]
 
 import functools
 from collections.abc import Iterable
@@ -14,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tawny.errors import UserError
+from tawny.gguf_kinds import GGUF_KINDS, GGUFKind
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +72,11 @@ class Kind:
     def scaled(self) -> bool:
         """Whether survivors are integers that a scale belongs to."""
         return bool(self.grid)
+
+    @property
+    def zero(self) -> bool:
+        """Whether a weight of 0 stays 0: a mask says so."""
+        return True
 
     @property
     def largest(self) -> int:
@@ -196,7 +213,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def names_of(kinds: Iterable[Kind], last: str = ", ") -> str:
+Solved = Kind | GGUFKind  # what weights are solved for, in a packed folder or in a GGUF file
+
+
+def names_of(kinds: Iterable[Solved], last: str = ", ") -> str:
     """Names for a person: `bf16, f16, f32 or int8`, with the word between the last two given."""
     *first, end = [kind.name for kind in kinds]
     return f"{', '.join(first)}{last}{end}" if first else end
@@ -208,13 +228,30 @@ def range_of(names: Iterable[str]) -> str:
     Raises:
         UserError: no kind has the name.
     """
-    kinds = sorted({kind_of(name) for name in names}, key=lambda kind: (kind.bits, kind.name))
+    kinds = sorted({solved_kind(name) for name in names}, key=lambda kind: (kind.bits, kind.name))
     return names_of(kinds if len(kinds) == 1 else (kinds[0], kinds[-1]), " to ")
 
 
 def scaled_kinds() -> list[Kind]:
     """Those whose survivors are rounded to integers."""
     return [kind for kind in KINDS.values() if kind.scaled]
+
+
+def solved_kinds() -> list[Solved]:
+    """Those that weights are solved for: our integers, and the types of GGUF files."""
+    return [*scaled_kinds(), *GGUF_KINDS.values()]
+
+
+def solved_kind(name: str, group: int | None = None) -> Solved:
+    """The row called `name`, packed or of a GGUF file; raises as `kind_of` does."""
+    kind = GGUF_KINDS.get(name)
+    if kind is None:
+        return kind_of(name, group)
+    if group is not None:
+        raise UserError(
+            f"group {group} goes with int8 to int2 values; the scales of {name} cover {kind.group} columns"
+        )
+    return kind
 
 
 def kind_of(name: str, group: int | None = None) -> Kind:
@@ -224,6 +261,10 @@ def kind_of(name: str, group: int | None = None) -> Kind:
         UserError: there is none, or its scales do not cover `group` columns.
     """
     if (kind := KINDS.get(name)) is None:
+        if name in GGUF_KINDS:
+            raise UserError(
+                f"{name} is a type of GGUF files, which no packed folder holds: `tawny export --to gguf` writes it"
+            )
         raise UserError(f"packed values {name!r} are not known; choose one of {names_of(KINDS.values())}")
     if group is not None and group not in kind.groups:
         sizes = [str(size) for size in kind.groups if size]

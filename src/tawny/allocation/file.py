@@ -45,7 +45,7 @@ from pydantic import Field
 from tawny.allocation.profile import Allocation, Allocator, Profile
 from tawny.checked import yaml_error
 from tawny.errors import RecipeError, nearest, short
-from tawny.kinds import KINDS, names_of, scaled_kinds
+from tawny.kinds import names_of, solved_kinds
 from tawny.patterns import removed_count
 
 # The sections of a text, and what a line of each looks like.
@@ -240,8 +240,8 @@ class File(Allocator):
     def _kinds(self) -> list[AllocationLine]:
         entries = read_entries(self._checked_text(), self.path, "values")
         for entry in entries:
-            if not (entry.text in KINDS and KINDS[entry.text].scaled):
-                names = names_of(scaled_kinds(), " or ")
+            if entry.text not in {kind.name for kind in solved_kinds()}:
+                names = names_of(solved_kinds(), " or ")
                 raise RecipeError(
                     f"{entry.where}: {short(entry.pattern)} has values {short(repr(entry.text))}, expected {names}"
                 )

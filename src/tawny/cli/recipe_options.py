@@ -21,6 +21,7 @@ from typer.core import TyperCommand
 from tawny.cli.options import DATA, RECIPE, Device, RecipeFile, shared
 from tawny.cli.root import verb
 from tawny.errors import UserError
+from tawny.gguf_kinds import GGUF_KINDS
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
 
@@ -67,7 +68,8 @@ class Given:
         str | None,
         shared(
             "--values KIND",
-            f"Round while solving: {names_of(scaled_kinds(), ' or ')}. No zeros unless -s asks for them.",
+            f"Round while solving: {names_of(scaled_kinds())}, or a type of GGUF files ({names_of(GGUF_KINDS.values())}). "
+            "No zeros unless -s asks for them.",
             RECIPE,
         ),
     ] = None

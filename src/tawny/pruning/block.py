@@ -59,6 +59,7 @@ class PrunedBlock:
         self.stream = block.streams.get(PRUNED)
         self.outliers = OutlierCount(self.job.allocator.outlier_M, self.job.stack.look)
         self.solved: dict[str, Tensor] | None = {} if keep else None
+        self.encoded: dict[str, Tensor] = {}
         self.factors = session.factors.of(
             block.index, self.job.stack.device, self.job.recipe.output.factor or "none"
         )
@@ -252,6 +253,10 @@ class PrunedBlock:
         removed = None if self.grid(linear) is None else linear.numel - int(solution.mask.sum())
         noted = {**solution.notes, **notes, **more}
         self.put(linear, solution.weight, words, (lost, kind), seconds, noted, removed)
+        if solution.state is not None and (grid := self.grid(linear)) is not None:
+            encoded = grid.encoded(solution.weight, solution.state)
+            if encoded is not None:
+                self.encoded[f"{linear.name}.{self._kind(linear)}"] = encoded
 
     def put(
         self,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tawny.calibration.mixture import texts_identity
+from tawny.kinds import kind_of
 from tawny.model.identity import source_identity
 from tawny.model.source import resolve
 from tawny.packed.convert import pack
@@ -40,6 +41,8 @@ def prune_and_pack(
         UserError: something asked for cannot be done.
         NumericalError: a weight cannot be pruned or packed; names the linear.
     """
+    for name in recipe.values.names:
+        kind_of(name)  # refuses what no packed folder holds
     folder = resolve(source, progress.say)
     place = Workplace(place_of(out))
     dense, packed = place.steps / "dense", place.steps / "packed"

@@ -20,6 +20,7 @@ from tawny.allocation.profile import Allocator, LinearInfo
 from tawny.calibration.output import Factor, most_felt
 from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
+from tawny.gguf_kinds import GGUF_KINDS, fitting
 from tawny.model.biases import bias_settings
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.couplings import Coupling, couple, some_tokens
@@ -187,6 +188,8 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         check_ends(stack.model, recipe.values.head, recipe.values.embedding)  # before the work, not after it
         check_writable(chosen)
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
+        if recipe.values.names and recipe.values.names[0] in GGUF_KINDS:
+            _check_widths(chosen)
         if isinstance(pattern, NM):
             _check_grids(recipe, pattern, {linear.shape[1] for linear in chosen})
     couplings: list[list[Coupling]] = []
@@ -206,6 +209,16 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         recipe.make_solver(),
         couplings,
     )
+
+
+def _check_widths(linears: Sequence[Linear]) -> None:
+    """Refuse a linear that no type of GGUF files takes."""
+    for linear in linears:
+        if not fitting("q8_0", linear.shape[1]):
+            raise RecipeError(
+                f"{linear.name} has {linear.shape[1]} columns, and types of GGUF files take multiples of 32: leave it out "
+                "(-o exclude=…)"
+            )
 
 
 def _check_grids(recipe: Recipe, pattern: NM, widths: Iterable[int]) -> None:

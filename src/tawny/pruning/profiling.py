@@ -40,6 +40,7 @@ from tawny.calibration.observe import observe
 from tawny.calibration.output import OutputFactor
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError, TawnyError
+from tawny.gguf_kinds import GGUF_KINDS, fitting
 from tawny.kinds import kind_of
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
@@ -229,11 +230,29 @@ def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tupl
         if not values.kind and (set(kinds.values()) - set(values.of) or (values.of and not kinds)):
             has = ", ".join(sorted(set(kinds.values()))) or "no kinds"
             raise RecipeError(f"values.of is {list(values.of)}, and the allocation file has {has}")
+        kinds = _fitting(kinds, job, warnings)
         return allocate(job.allocator, profile, job.budget_pattern, recipe.sparsity, warnings), kinds
     by_bits = {kind_of(name).bits: name for name in values.of}
     wish = job.allocator.allocate(profile, 1 - values.mean / max(by_bits))
     bits = mixed_bits(wish, sizes, list(by_bits), values.mean)
     return dict.fromkeys(sizes, 0.0), {name: by_bits[count] for name, count in bits.items()}
+
+
+def _fitting(kinds: dict[str, str], job: Job, warnings: list[str] | None) -> dict[str, str]:
+    """The kinds, with another one where the width of a linear is no multiple of the blocks of its own."""
+    widths, others = {x.name: x.shape[1] for x in job.linears}, dict[tuple[str, str], int]()
+    for name, kind in kinds.items():
+        if kind not in GGUF_KINDS:
+            continue
+        kinds[name] = fitting(kind, widths[name])
+        if kinds[name] != kind:
+            others[kind, kinds[name]] = others.get((kind, kinds[name]), 0) + 1
+    if warnings is not None:
+        warnings += [
+            f"{count} linears get {other}: {kind} has blocks of {GGUF_KINDS[kind].block} columns, which do not divide their width"
+            for (kind, other), count in others.items()
+        ]
+    return kinds
 
 
 def block_sparsities(allocation: Mapping[str, float], profile: Profile) -> list[float]:

@@ -22,6 +22,7 @@ from tawny.pruning.refine import refine
 from tawny.pruning.session import Session
 from tawny.record import LinearRecord
 from tawny.run.walk import Block, Visitor
+from tawny.run.writer import ENCODED_PART
 
 
 def samples_of(session: Session) -> dict[str, Samples]:
@@ -63,6 +64,8 @@ class Solve(Visitor):
     def visit(self, block: Block) -> None:
         for stage, statistics in self.pruned.stages():
             _solve_stage(self.pruned, stage, statistics)
+        if self.pruned.encoded and self.session.output is not None:
+            self.session.output.write_block(f"{block.index:05d}{ENCODED_PART}", self.pruned.encoded)
 
 
 def _solve_stage(block: PrunedBlock, stage: Stage, statistics: Mapping[str, Statistics]) -> None:

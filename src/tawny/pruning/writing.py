@@ -7,6 +7,7 @@ __all__ = ["or_say", "write_pages", "write_rest"]
 import json
 from typing import Any
 
+from tawny.gguf_kinds import ENCODED
 from tawny.precision import DTYPES
 from tawny.pruning.session import Session
 from tawny.recipe.files import dump_recipe
@@ -24,6 +25,7 @@ def write_rest(session: Session) -> None:
         session.record.bytes = session.output.assemble(
             session.run.journal.once("shards", lambda: _plan_shards(session))
         )
+        session.output.write_encoded(ENCODED)
         session.output.carry(session.job.folder)
         _say_settings(session)
     else:

@@ -39,7 +39,8 @@ from pydantic.dataclasses import dataclass
 from tawny.calibration.mixture import parse_texts
 from tawny.checked import adapter, checked, option_keys, plain_key, refuse_unknown, show, suggest
 from tawny.errors import RecipeError, check_option, nearest
-from tawny.kinds import kind_of, names_of, scaled_kinds
+from tawny.gguf_kinds import GGUF_KINDS, GGUFKind
+from tawny.kinds import names_of, scaled_kinds, solved_kind
 
 if TYPE_CHECKING:
     from tawny.patterns import AnyPattern
@@ -140,14 +141,20 @@ class Values:
         )
         for end in (self.head, self.embedding):
             if end is not None:
-                kind_of(end)
-        kinds = [kind_of(name, self.group_size) for name in self.names]
+                solved_kind(end)
+        kinds = [solved_kind(name, self.group_size) for name in self.names]
         for kind in kinds:
             if not kind.scaled:
                 names = names_of(scaled_kinds(), " or ")
                 raise RecipeError(
                     f"values: {kind.name} are floats, which nothing is rounded to; choose {names}"
                 )
+        types = [kind.name for kind in kinds if isinstance(kind, GGUFKind)]
+        if types and (self.mean is not None or len(types) < len(kinds)):
+            raise RecipeError(
+                f"values: {types[0]} is a type of GGUF files, and goes with others of these alone and without values.mean: "
+                "`tawny fit --to gguf --bits` shares bits among them"
+            )
         bits = [kind.bits for kind in kinds]
         if self.mean is not None and not min(bits) <= self.mean <= max(bits):
             raise RecipeError(
@@ -165,10 +172,9 @@ class Values:
 
     def grid(self, name: str) -> Grid:
         """What a solver rounds to for a kind."""
-        from tawny.solvers.grid import ScaledGrid
+        from tawny.solvers.block_grid import grid_of
 
-        kind = kind_of(name)
-        return ScaledGrid(kind.grid, kind.span(self.group_size), long=kind.bits == 8)
+        return grid_of(name, self.group_size)
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -254,6 +260,16 @@ class Recipe:
         if names and recipe.refit:
             raise RecipeError(
                 f"refit moves survivors off the grid of {names} values: leave one of the two out"
+            )
+        dense = [kind.name for kind in map(solved_kind, recipe.values.names) if not kind.zero]
+        if dense and (recipe.sparsity or ":" in recipe.pattern):
+            holding = names_of([kind for kind in GGUF_KINDS.values() if kind.zero], " or ")
+            raise RecipeError(
+                f"{dense[0]} values hold no zeros, and sparsity {recipe.sparsity:g} asks for some: leave it out, or choose {holding}"
+            )
+        if recipe.refine.epochs and any(name in GGUF_KINDS for name in recipe.values.names):
+            raise RecipeError(
+                f"refine trains the grids of packed folders, and {names} is a type of GGUF files: leave one of the two out"
             )
         if recipe.values.mean is not None and (recipe.sparsity or ":" in recipe.pattern):
             raise RecipeError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tawny.kinds import kind_of, range_of
+from tawny.kinds import range_of, solved_kind
 from tawny.words import percent
 
 
@@ -45,7 +45,7 @@ def form_of(record: Mapping[str, Any]) -> Form:
     linears, kinds = record["linears"], record.get("values") or {}
     size = {x["name"]: int(x["shape"][0]) * int(x["shape"][1]) for x in linears}
     total = sum(size[name] for name in kinds if name in size)
-    bits = sum(size[name] * kind_of(kind).bits for name, kind in kinds.items() if name in size)
+    bits = sum(size[name] * solved_kind(kind).bits for name, kind in kinds.items() if name in size)
     # Until a recovery counts what is rounded to 0, too, zeros beside kinds were removed, now or before this run.
     removed = not record.get("recovery") and any(x.get("zeros") for x in linears)
     pruned = not kinds or removed or any(x["target"] > 0 for x in linears)

@@ -23,7 +23,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tawny.kinds import KINDS, kind_of, range_of
+from tawny.kinds import KINDS, range_of, solved_kind
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.card import opening
@@ -64,7 +64,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     form, fit = form_of(record), record.get("fit") or {}
     recovery = [record["recovery"]] if record.get("recovery") else []
     linears = [
-        {**x, "bits": kind_of(form.kinds[x["name"]]).bits}
+        {**x, "bits": solved_kind(form.kinds[x["name"]]).bits}
         for x in record["linears"]
         if x["name"] in form.kinds
     ]

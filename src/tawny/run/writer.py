@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointWriter", "check_savable", "written_at_once"]
+__all__ = ["ENCODED_PART", "CheckpointWriter", "check_savable", "written_at_once"]
 
 import json
 import shutil
@@ -40,6 +40,11 @@ def check_savable(model: Any) -> None:
         raise ModelError(
             f"the live model cannot be saved: {one_line(error)}; change model.generation_config, or leave out=… out"
         ) from error
+
+
+ENCODED_PART = (
+    ".encoded"  # ends the name of the file of a block that holds what was solved for another runtime
+)
 
 
 @final
@@ -106,6 +111,14 @@ class CheckpointWriter:
             with TensorWriter(temporary, specs) as writer:
                 for key in keys:
                     writer.write(key, cast(checkpoint.read([key])[key], specs[key][0], key))
+
+    def write_encoded(self, name: str) -> None:
+        """Put what blocks were encoded as, if they were, into one file."""
+        parts = sorted(self._blocks.glob(f"*{ENCODED_PART}.safetensors"))
+        path = self.folder / name
+        if parts and not path.exists():
+            with writing(path), durable.beside(path) as temporary:
+                merge(temporary, [(part, key) for part in parts for key in entries(part)])
 
     def carry(self, source: Path, also: Sequence[str] = ()) -> None:
         """Copy configuration, tokenizer and licence files of `source`, and those of the names `also` that it has.

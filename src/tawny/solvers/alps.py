@@ -298,7 +298,7 @@ class Alps(Solver):
         Scales follow the iterate: in every step the levels are those nearest by the last scales, and new scales fit them best.
         Nearest and best are by diag(H), as in the scaled weight. Reuses the memory of the solution.
         """
-        keep_OI = kept_on_grid(W_OI, solution.mask)
+        keep_OI = kept_on_grid(W_OI, solution.mask, grid)
         mask_OI = None if bool(keep_OI.all()) else keep_OI
         root_O1 = W_OI.new_ones(len(W_OI), 1) if bases is None else bases.root_O[:, None]
 
@@ -308,10 +308,10 @@ class Alps(Solver):
 
         scaled_OI = scale(W_OI, slice(None), torch.empty_like(W_OI))
         weights_I = scaled.scale_I.square()
-        scales_OS = grid.fit(solution.weight, weights_I, mask_OI)
-        grid_OI = grid.project(solution.weight, scales_OS, mask_OI)  # D, unscaled
+        state_OS = grid.fit(solution.weight, weights_I, mask_OI)
+        grid_OI = grid.project(solution.weight, state_OS, mask_OI)  # D, unscaled
         T_OI = scale(grid_OI, slice(None), solution.weight)  # whose memory nobody needs any more
-        best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
+        best_OI, best_OS, lost_O = grid_OI.clone(), state_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
         chunks = _chunks(T_OI, bases)
         rho = before = max(_GRID_RHO, self.rho)
         inverses = _inverses(scaled, bases, rho, chunks)
@@ -336,9 +336,9 @@ class Alps(Solver):
                     torch.div(T_PI, scaled.scale_I, out=spare_PI)
                     if bases is not None:
                         spare_PI /= root_O1[here]
-                    _, scales_OS[here] = grid.refit(
+                    _, state_OS[here] = grid.refit(
                         spare_PI,
-                        scales_OS[here],
+                        state_OS[here],
                         weights_I,
                         None if mask_OI is None else mask_OI[here],
                         grid_OI[here],
@@ -352,7 +352,7 @@ class Alps(Solver):
                     better_C = now_C < lost_O[chunk]
                     lost_O[chunk] = torch.where(better_C, now_C, lost_O[chunk])
                     best_OI[chunk] = torch.where(better_C[:, None], grid_OI[chunk], best_OI[chunk])
-                    best_OS[chunk] = torch.where(better_C[:, None], scales_OS[chunk], best_OS[chunk])
+                    best_OS[chunk][better_C] = state_OS[chunk][better_C]
             before = rho
             if step % _GRID_CHECK == 0 and step < _GRID_STEPS:
                 rho *= _GRID_GROWTH

@@ -332,7 +332,7 @@ def reconstruction_error(
 
 def on_grid(solution: Solution, grid: Grid, statistics: Seen) -> Solution:
     """A solution rounded by the best scales; inputs count by their squared norms where they were seen."""
-    W_OI, keep_OI = solution.weight, kept_on_grid(solution.weight, solution.mask)
+    W_OI, keep_OI = solution.weight, kept_on_grid(solution.weight, solution.mask, grid)
     weights_I = None
     if statistics is not None and bool(statistics.squared_norms.any()):
         norms_I = statistics.squared_norms.float()

@@ -94,6 +94,10 @@ class Grid(Protocol):
         """What rounds values `[..., O]` of one group to the grid."""
         ...
 
+    def encoded(self, W_OI: Tensor, state_OS: Tensor) -> Tensor | None:
+        """uint8 `[O, bytes of a row]`: a weight on the grid as its file holds it; None where packing finds the state again."""
+        return None
+
 
 @final
 @dataclass(frozen=True)
@@ -269,7 +273,12 @@ def largest(X_OI: Tensor, grid: ScaledGrid) -> Tensor:
     return X_OSJ.gather(-1, X_OSJ.abs().argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def kept_on_grid(W_OI: Tensor, keep_OI: Tensor) -> Tensor:
-    """The mask, less the zeros of W where they are meant: a few are accidents, and rounded as other weights are."""
+def kept_on_grid(W_OI: Tensor, keep_OI: Tensor, grid: Grid) -> Tensor:
+    """The mask, less the zeros of W where they are meant: a few are accidents, and rounded as other weights are.
+
+    A grid that cannot hold zeros rounds all of them.
+    """
+    if not grid.zero:
+        return torch.ones_like(keep_OI)
     zeros_OI = keep_OI & (W_OI == 0)
     return keep_OI & ~zeros_OI if int(zeros_OI.sum()) > ACCIDENTS * W_OI.numel() else keep_OI

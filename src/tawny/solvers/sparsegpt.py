@@ -25,6 +25,7 @@ contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -125,7 +126,7 @@ class SparseGPT(Solver):
         output: OutputFactor | None,
     ) -> Solution:
         notes: dict[str, float | int | str] = {"damp": shared.damp, "dead_inputs": int(shared.dead_I.sum())}
-        columns = self.group if grid is None or grid.group is None else min(grid.group, W_OI.shape[1])
+        columns = self.group if grid is None or grid.block is None else min(grid.block, W_OI.shape[1])
         if grid is not None:
             self.check_grid(pattern, grid, W_OI.shape[1])
         root_O = row_roots(output, pattern, self.default_scope)
@@ -170,12 +171,14 @@ class SparseGPT(Solver):
         has_zeros = int(torch.count_nonzero(W_OI)) < W_OI.numel()
         stay_OI = torch.ones_like(W_OI, dtype=torch.bool)
         if grid is not None:
-            stay_OI = kept_on_grid(W_OI, stay_OI) if quota is not None else W_OI != 0
+            stay_OI = kept_on_grid(W_OI, stay_OI, grid) if quota is not None else W_OI != 0
+            if grid.group != grid.block:  # each group's state is renewed when its columns are reached
+                step = grid.group or step
         weight_OI = torch.empty_like(W_OI)
         keep_OI = torch.empty(W_OI.shape, dtype=torch.bool, device=W_OI.device)
         lost_IO = W_OI.new_empty(width, len(W_OI))  # w − ŵ
-        scales: list[Tensor] = []
-        nearest = None
+        states: list[Tensor] = []
+        roundings: list[Rounding] = []
         bench = _Bench(min(group, width), step, W_OI)
         damped, added = 0.0, 0.0
         for start in range(0, width, group):
@@ -194,30 +197,36 @@ class SparseGPT(Solver):
                     bench.keep(slice(None), keep_mask(scores_JO.t().contiguous(), pattern, 0).t())
                 stay_OJ = stay_OI[:, start:stop] & bench.kept_JO.t()
                 bench.keep(slice(None), stay_OJ.t())
-                if grid.group is not None:
-                    weights_J = factor.diagonal_I[start:stop].square()
-                    scales.append(grid.fit(bench.V_JO.t().contiguous(), weights_J, stay_OJ))
-                elif not scales:
-                    scales.append(grid.fit(W_OI, factor.diagonal_I.square(), stay_OI))
-                nearest = grid.rounding(scales[-1][:, 0])
-            for left, part in bench.steps:
+                weights_J = factor.diagonal_I[start:stop].square()
+                if grid.block is not None:
+                    states.append(grid.fit(bench.V_JO.t().contiguous(), weights_J, stay_OJ))
+                elif not states:
+                    states.append(grid.fit(W_OI, factor.diagonal_I.square(), stay_OI))
+                roundings = [grid.rounding(states[-1][:, 0])] * len(bench.steps)
+            for number, (left, part) in enumerate(bench.steps):
                 if left:
                     part.V_JO.addmm_(part.ratios_JI, part.gone_IO)
+                if grid is not None and grid.group != grid.block:
+                    state_O, here = states[-1][:, number], slice(left, left + step)
+                    if left:
+                        V_OJ = part.V_JO.t().contiguous()
+                        state_O.copy_(grid.renew(V_OJ, state_O, weights_J[here], stay_OJ[:, here]))
+                    roundings[number] = grid.rounding(state_O)
                 if quota is None:
                     scores_JO = _scores(part.V_JO, part.W_JO if has_zeros else None, factor, start + left)
                     keep_OJ = keep_mask(scores_JO.t().contiguous(), pattern, 0)
                     bench.keep(slice(left, left + step), keep_OJ.t())
                     if has_zeros:  # where a group of m has zeros to spare, those that stay must not grow back
                         part.removed_JO.masked_fill_(part.W_JO == 0, 1.0)
-                part.walk(nearest)
+                part.walk(roundings[number] if roundings else None)
             here = slice(start, stop)
             damped += _weighted(bench.gone_JO, factor.diagonal_I[here].square())
-            bench.store(weight_OI[:, here], keep_OI[:, here], lost_IO[here], nearest)
+            bench.store(weight_OI[:, here], keep_OI[:, here], lost_IO[here], roundings)
             added += _weighted(lost_IO[here], factor.added_I[here])
         lost = damped - added
         keep_OI &= stay_OI
         known = lost if lost >= _DIGITS * damped else None
-        return weight_OI, keep_OI, known, torch.cat(scales, 1) if scales else None
+        return weight_OI, keep_OI, known, torch.cat(states, 1) if states else None
 
 
 class _Bench:
@@ -254,13 +263,16 @@ class _Bench:
         self.kept_JO[columns] = keep_JO
         torch.logical_not(self.kept_JO[columns], out=self.removed_JO[columns])
 
-    def store(self, weight_OJ: Tensor, keep_OJ: Tensor, lost_JO: Tensor, nearest: Rounding | None) -> None:
+    def store(
+        self, weight_OJ: Tensor, keep_OJ: Tensor, lost_JO: Tensor, roundings: Sequence[Rounding]
+    ) -> None:
         # v − v is +0, where v·0 could be −0; and a difference is vectorised, where a masked fill is not.
         # v − (v − q) may not be q.
-        if nearest is None:
-            pruned_JO = self.V_JO.sub_(self.gone_JO)
+        if roundings:
+            rounded = [nearest(part.V_JO) for nearest, (_, part) in zip(roundings, self.steps, strict=True)]
+            pruned_JO = torch.cat(rounded).masked_fill_(self.removed_JO > 0, 0.0)
         else:
-            pruned_JO = nearest(self.V_JO).masked_fill_(self.removed_JO > 0, 0.0)
+            pruned_JO = self.V_JO.sub_(self.gone_JO)
         torch.sub(self.W_JO, pruned_JO, out=lost_JO)
         weight_OJ.copy_(pruned_JO.t().contiguous())
         keep_OJ.copy_(self.kept_JO.t().contiguous())
