@@ -300,6 +300,7 @@ def test_a_pruned_folder_fills_the_template_of_the_model_it_was_made_from(kind, 
     )
     model.save_pretrained(folder)
     tensors = {name: parameter.detach().float().numpy() for name, parameter in model.named_parameters()}
+    tensors["in halves"] = tensors.pop("model.layers.0.self_attn.q_proj.weight").reshape(64, 32)
     path = write(tmp_path / "whole.gguf", tensors, kind)
     tawny.prune(
         folder,
@@ -334,7 +335,11 @@ def test_a_pruned_folder_fills_the_template_of_the_model_it_was_made_from(kind, 
     assert report["zeros"] == zeros and report["bytes"] == (tmp_path / "small.gguf").stat().st_size
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(contents(tmp_path / "small.gguf")[name] == 0, pruned[name] == 0) or kind == "Q8_0"
+    with pytest.raises(ModelError, match=r"no tensor with the values of 'model.layers.0.self_attn.q_proj'"):
+        tawny.export(tmp_path / "pruned", tmp_path / "all.gguf", type="Q5_0", template=path)
     # A type for all, also from the folder packed.
+    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors.pop("in halves").reshape(32, 64)
+    write(path, tensors, kind)
     tawny.pack(tmp_path / "pruned", tmp_path / "packed", "bf16")
     for source in ("pruned", "packed"):
         report = tawny.export(tmp_path / source, tmp_path / f"{source}.gguf", type="Q5_0", template=path)

@@ -53,25 +53,18 @@ def export_through(
     ours = _open(folder)
     dense = _dense(folder, progress.say)
     theirs = ours if dense == folder else _open(dense)
-    names = [*ours.linears, *(end for end in (ours.embedding, ours.head) if end is not None)]
-    _check_same(ours, theirs, names, folder, dense)
+    every = [*ours.linears, *(end for end in (ours.embedding, ours.head) if end is not None)]
+    _check_same(ours, theirs, every, folder, dense)
+    changed, zeros = _changed(ours, theirs, every, progress)
+    # What stays as it is need not be found: some converters take such matrices apart.
+    names = [name for name in every if kind is not None or not changed or name in changed]
     filled = Template.of(given, theirs.checkpoint, theirs.model, names, progress)
     kinds = {
         name: kind_for(places[0].slot[0], ours.shape(name), kind or str(filled.kind_of(name)))
         for name, places in filled.places.items()
         if places
     }
-    zeros = dict.fromkeys(kinds, 0)
-    replaced = set()
-    progress.phase("comparing", len(kinds), "matrices")
-    for name in kinds:
-        values = ours.read(name)
-        zeros[name] = int((values == 0).sum())
-        if kinds[name] != filled.kind_of(name) or not (
-            ours is theirs or torch.equal(values, theirs.read(name))
-        ):
-            replaced.add(name)
-        progress.step(name)
+    replaced = {name for name in kinds if name in changed or kinds[name] != filled.kind_of(name)}
     for together in filled.alike:
         if replaced.intersection(together):
             replaced.update(together)
@@ -89,7 +82,7 @@ def export_through(
         tensors=len(filled.tensors),
         bytes=out.stat().st_size,
         source_bytes=ours.checkpoint.bytes_in(None),
-        zeros=sum(zeros.values()),
+        zeros=zeros,
         seconds=time.perf_counter() - started,
     )
 
@@ -125,8 +118,21 @@ def _dense(folder: Path, say: Callable[[str], None]) -> Path:
     return folder
 
 
+def _changed(ours: Matrices, theirs: Matrices, names: list[str], progress: Progress) -> tuple[set[str], int]:
+    """Matrices that are not as in the dense model, with all others of the same parameter; and the zeros of all."""
+    keys, zeros = set(), 0
+    progress.phase("comparing", len(names), "matrices")
+    for name in names:
+        values = ours.read(name)
+        zeros += int((values == 0).sum())
+        if ours is not theirs and not torch.equal(values, theirs.read(name).to(values.dtype)):
+            keys.add(ours.key(name))
+        progress.step(name)
+    return {name for name in names if ours.key(name) in keys}, zeros
+
+
 def _check_same(ours: Matrices, theirs: Matrices, names: list[str], folder: Path, dense: Path) -> None:
-    """Refuse a model of which something changed that a template keeps, such as norms that were trained.
+    """Refuse a model of which something else than matrices `names` changed, such as norms that were trained: a template keeps it.
 
     Raises:
         ModelError: names the first.
