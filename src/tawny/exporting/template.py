@@ -165,7 +165,7 @@ class _Way:
 
     def of_checkpoint(self, values_RI: Tensor) -> Rows:
         if self.dtype is not None:
-            return _bytes_of(values_RI)
+            return _bytes_of(values_RI.to(self.dtype))
         numbers = values_RI.float().numpy()
         for kind in self.kinds[:-1]:
             numbers = _decoded(_encoded(numbers, kind), kind)
