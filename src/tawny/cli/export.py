@@ -10,6 +10,7 @@ import tawny
 from tawny.cli.console import Console
 from tawny.cli.options import DATA, OUTPUT, RECIPE, Model, option, path_named
 from tawny.cli.root import verb
+from tawny.gguf_kinds import GGUF_KINDS
 from tawny.report.frames import Frame, Result, facts
 from tawny.words import duration, size
 
@@ -21,7 +22,7 @@ def _file(text: str) -> Path:
 
 
 @verb(
-    "tawny export pruned --to gguf --out pruned-q8.gguf --type Q8_0",
+    "tawny export ./model --to gguf --out model-q4.gguf --type Q4_K --imatrix model.imatrix.gguf",
     "tawny export ./model --to imatrix --out model.imatrix.gguf --calibration wiki --samples 16 --seqlen 1024",
     "tawny export pruned --to gguf --out pruned.gguf --template original-f16.gguf",
 )
@@ -38,8 +39,8 @@ def export(
     out: Path = option("--out FILE", "File to write.", OUTPUT, default=..., parser=_file),
     type: str | None = option(
         "--type TYPE",
-        "Of gguf: F32, F16, BF16, Q8_0, Q5_0 or Q4_0. Default: that of the template, or as the weights are stored, and F32 for packed "
-        "integers.",
+        f"Of gguf: F32, F16, BF16, {', '.join(kind.type for kind in GGUF_KINDS.values())}. Default: what was solved for GGUF, else that of "
+        "the template, or as the weights are stored, and F32 for packed integers.",
         RECIPE,
     ),
     tokenizer_from: str | None = option(
@@ -53,6 +54,12 @@ def export(
         RECIPE,
         parser=path_named,
     ),
+    imatrix: Path | None = option(
+        "--imatrix FILE",
+        "Of gguf: importance matrix that weighs what rounding to --type loses; of --to imatrix or llama-imatrix.",
+        RECIPE,
+        parser=path_named,
+    ),
     calibration: list[str] | None = option(
         "--calibration TEXT[=SHARE]",
         "Of imatrix: text to measure inputs on, as for `tawny prune`; repeatable. Default: c4.",
@@ -62,7 +69,7 @@ def export(
     seqlen: int | None = option("--seqlen N", "Tokens a window. Default: 2048.", DATA),
     overwrite: bool = option("--overwrite", "Replace an existing file.", OUTPUT, default=False),
 ) -> None:
-    """Write MODEL as a file that another runtime opens. Zeros stay zeros; llama.cpp stores and multiplies them."""
+    """Write MODEL as a file that another runtime opens. llama.cpp stores and multiplies zeros like other numbers."""
     with console.progress() as progress:
         report = tawny.export(
             model,
@@ -71,6 +78,7 @@ def export(
             type,
             tokenizer_from=tokenizer_from,
             template=template,
+            imatrix=imatrix,
             calibration=calibration or None,
             samples=samples,
             seqlen=seqlen,
@@ -85,7 +93,7 @@ def export_tables(report: Result) -> list[Frame]:
     rows = [
         ("size", f"{size(report['bytes'])} from {size(report['source_bytes'])}"),
         ("tensors", f"{report['tensors']}: {types}"),
-        ("zeros", f"{report['zeros']:,}, all kept"),
+        ("zeros", f"{report['zeros']:,} kept"),
         ("tokenizer", f"of {report['tokenizer']}"),
         ("time", duration(report["seconds"])),
         ("written", f"{report['out']} ({report['architecture']}), opened again and compared"),

@@ -1,31 +1,19 @@
-"""`tawny export --to gguf`: a checkpoint as one GGUF file, a tensor at a time.
+"""`tawny export --to gguf` of the architectures that Tawny itself lays out, a tensor at a time.
 
-The types are those that keep zeros exactly and that the `gguf` package writes: F32, F16, BF16, and Q8_0, Q5_0, Q4_0, whose
-blocks have a scale and no offset. llama.cpp stores and multiplies the zeros like any other number.
+Floats are written as they are. For every other type such a file is a template that is filled and thrown away (template.py).
 The finished file is opened again, and every tensor is compared with the checkpoint before the file has its name.
 """
 
 from __future__ import annotations
 
-__all__ = [
-    "TYPES",
-    "ExportReport",
-    "Target",
-    "check",
-    "check_apart",
-    "check_out",
-    "export_gguf",
-    "kind_for",
-    "known_type",
-    "stored",
-]
+__all__ = ["export_gguf"]
 
-import json
+import contextlib
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,70 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawny.errors import CheckpointError, ModelError, OutputError, UserError, nearest
+from tawny.errors import CheckpointError, ModelError, UserError
 from tawny.exporting.architectures import ARCHITECTURES, CONVERTER, Architecture, metadata, rope_factors
+from tawny.exporting.files import ExportReport, check_apart, check_out, origin
+from tawny.exporting.matching import Place
+from tawny.exporting.rounding import FLOATS, Rounding, floats, known_type
+from tawny.exporting.template import Matrices, Template, file_type
 from tawny.exporting.tokenizer import Key, keys_of_folder, keys_of_gguf
 from tawny.model import durable
-from tawny.model.checkpoint import Checkpoint, Unit
+from tawny.model.checkpoint import Unit
 from tawny.model.durable import writing
+from tawny.model.gguf_header import open_gguf
 from tawny.model.source import gguf_behind, resolve
-from tawny.packed.opening import open_checkpoint
 from tawny.progress import Progress, silent
-from tawny.run.place import same_place
 
-
-@dataclass(frozen=True)
-class Type:
-    """A type of tensors in a GGUF file.
-
-    Attributes:
-        file_type: what `general.file_type` calls a file of them.
-        dtype: of floats, which are rounded; None for integers with a scale for each block of 32.
-        off: the largest error of an integer over the largest number of its block.
-    """
-
-    file_type: int
-    dtype: torch.dtype | None = None
-    off: float = 0.0
-
-
-TYPES = {
-    "F32": Type(0, torch.float32),
-    "F16": Type(1, torch.float16),
-    "BF16": Type(32, torch.bfloat16),
-    "Q8_0": Type(7, off=1 / 254),
-    "Q5_0": Type(8, off=1 / 16),
-    "Q4_0": Type(2, off=1 / 8),
-}
-_ENDS = ("token_embd.weight", "output.weight")  # coarse types cost most here
-_GROUP = 32
 _ROWS = 4096  # converted at a time
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        types: how many tensors have each type.
-        bytes, source_bytes: of the file, and of the tensors it was made from.
-        zeros: exact zeros of the matrices, all kept.
-    """
-
-    source: str
-    out: str
-    to: str
-    architecture: str
-    tokenizer: str
-    types: dict[str, int]
-    tensors: int
-    bytes: int
-    source_bytes: int
-    zeros: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -113,10 +52,8 @@ class _Export:
     """A checkpoint seen as a GGUF model."""
 
     def __init__(self, folder: Path) -> None:
-        from tawny.model.skeleton import open_skeleton
-
-        self.checkpoint: Checkpoint = open_checkpoint(folder)
-        self.model: Any = open_skeleton(folder, torch.float32)
+        self.matrices = Matrices.of(folder)
+        self.checkpoint, self.model = self.matrices.checkpoint, self.matrices.model
         config = self.model.config
         if config.model_type not in ARCHITECTURES:
             raise ModelError(
@@ -130,7 +67,6 @@ class _Export:
         )
         self.factors = rope_factors(config, self.architecture, frequencies)
         self.words = int(self.model.get_input_embeddings().weight.shape[0])
-        self.checkpoint.map_to(self.model)
 
     def plan(self, kind: str | None) -> list[Target]:
         """Every tensor of the file, in its order; without a `kind` matrices keep the type they have."""
@@ -139,7 +75,7 @@ class _Export:
         arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self.architecture.name)
         names = get_tensor_name_map(arch, int(self.header["block_count"]))
         stored = self.checkpoint.storage_dtype
-        kind = kind or next((name for name, type in TYPES.items() if type.dtype == stored), "F32")
+        kind = kind or next((name for name, dtype in FLOATS.items() if dtype == stored), "F32")
         parameters = dict(self.model.named_parameters())
         planned = []
         for unit in self.checkpoint.units:
@@ -153,7 +89,7 @@ class _Export:
                         f"{target!r} has no place in the architecture {self.architecture.name!r} of llama.cpp; use {CONVERTER}"
                     )
                 shape = tuple(parameters[target].shape)
-                planned.append(Target(name, shape, kind_for(name, shape, kind), unit))
+                planned.append(Target(name, shape, kind if len(shape) > 1 else "F32", unit))
         if self.factors is not None:
             planned.append(Target("rope_freqs.weight", tuple(self.factors.shape), "F32", None))
         return planned
@@ -165,66 +101,42 @@ class _Export:
             yield self.factors
             return
         whole = next(iter(self.checkpoint.load(tensor.unit, self.model).values()))
-        heads, key_heads = (int(self.header[f"attention.head_count{end}"]) for end in ("", "_kv"))
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-            whole = self.architecture.changed(tensor.name, whole, heads, key_heads)
+            whole = self._changed(tensor.name, whole)
         for start in range(0, len(whole), _ROWS):
             values = whole[start : start + _ROWS].float()
-            if tensor.name.endswith("norm.weight"):
-                values = self.architecture.changed(tensor.name, values, heads, key_heads)
-            yield values
+            yield self._changed(tensor.name, values) if tensor.name.endswith("norm.weight") else values
+
+    def _changed(self, name: str, values: Tensor) -> Tensor:
+        heads, key_heads = (int(self.header[f"attention.head_count{end}"]) for end in ("", "_kv"))
+        return self.architecture.changed(name, values, heads, key_heads)
+
+    def places(self, planned: list[Target]) -> dict[str, list[Place]]:
+        """Where each matrix stands in the file."""
+        names = {self.matrices.key(name): name for name in self.matrices.names}
+        places = {}
+        for tensor in planned:
+            if tensor.unit is None or len(tensor.shape) < 2:
+                continue
+            rows = tensor.shape[0]
+            plain = torch.arange(rows, dtype=torch.int32)
+            order = self._changed(tensor.name, plain)
+            places[names[tensor.unit.targets[0]]] = [
+                Place((tensor.name, 0), rows, rows, None if torch.equal(order, plain) else order.numpy())
+            ]
+        return places
 
 
-def kind_for(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    if len(shape) < 2:
-        return "F32"
-    if TYPES[wanted].dtype is not None:
-        return wanted
-    if shape[-1] % _GROUP:
-        return "F16"
-    return "Q8_0" if name in _ENDS else wanted
-
-
-def stored(values: Tensor, tensor: Target) -> Any:
-    """Numbers as the bytes of a GGUF file."""
+def _check(values: Tensor, data: Any, tensor: Target) -> int:
+    """Compare what is in the file with what was meant; returns how many exact zeros were kept."""
     import gguf
 
-    largest = float(values.abs().max())
-    if not math.isfinite(largest):
-        raise CheckpointError(f"{tensor.name!r} holds a number that is not finite; nothing is exported")
-    if tensor.kind == "F16" and largest > torch.finfo(torch.float16).max:
-        raise ModelError(
-            f"{tensor.name!r} holds numbers too large for F16; give another --type, such as BF16"
-        )
-    return gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.kind])
-
-
-def check(values: Tensor, data: Any, tensor: Target) -> int:
-    """Compare what is in the file with what was meant; returns how many exact zeros were kept.
-
-    Raises:
-        CheckpointError: a zero is none any more, or a number is further off than its type allows.
-    """
-    import gguf
-
-    stored = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.kind]).copy()).view_as(
-        values
-    )
-    dtype, off = TYPES[tensor.kind].dtype, TYPES[tensor.kind].off
-    if dtype is not None:
-        fits = torch.equal(stored, values.to(dtype).float())
-    else:
-        groups = values.view(-1, _GROUP)
-        largest = groups.abs().amax(1, keepdim=True)
-        # The scale itself is rounded to float16: off by a share, or by 2⁻²⁵ where it is tiny, times a code of 1 / off at most.
-        allowed = largest * (off + 2**-10) + 2**-25 / off
-        fits = bool(((stored.view(-1, _GROUP) - groups).abs() <= allowed).all())
-    zeros = values == 0
-    if not fits or bool(stored[zeros].any()):
+    held = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.kind]).copy())
+    if not torch.equal(held.view_as(values), values.to(FLOATS[tensor.kind]).float()):
         raise CheckpointError(
             f"{tensor.name!r} in the file is not what was exported; nothing was kept: report this"
         )
-    return int(zeros.sum()) if values.dim() > 1 else 0
+    return int((values == 0).sum()) if values.dim() > 1 else 0
 
 
 def export_gguf(
@@ -233,6 +145,7 @@ def export_gguf(
     *,
     type: str | None = None,
     tokenizer_from: str | Path | None = None,
+    imatrix: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> ExportReport:
@@ -241,22 +154,26 @@ def export_gguf(
     kind = known_type(type)
     whole = gguf_behind(source)
     words = None if tokenizer_from is None else gguf_behind(tokenizer_from)
-    check_out(out, overwrite, whole, words)  # before the minutes that reading such a file takes
+    check_out(out, overwrite, whole, words, imatrix)  # before the minutes that reading such a file takes
     folder = resolve(source, progress.say)
     check_apart(out, folder)
     work = _Export(folder)
     keys, whose = _tokenizer(source, folder, tokenizer_from, work.words)
-    planned = work.plan(kind)
-    with writing(out), durable.beside(out) as temporary:
-        _write(temporary, work, planned, keys, folder.name if whole is None else str(source), progress)
-        zeros = _compare(temporary, work, planned, progress)
+    rounding = Rounding(work.matrices, kind, imatrix)
+    planned = work.plan(None if rounding.rounds else kind)
+    with writing(out), _first(out, rounding.rounds) as plain:
+        _write(plain, work, planned, keys, folder.name if whole is None else str(source), progress)
+        zeros, types = _compare(plain, work, planned, progress), dict(Counter(x.kind for x in planned))
+        if rounding.rounds:
+            template = Template(plain, open_gguf(plain), work.places(planned))
+            types, zeros = rounding.fill(template, out, set(), progress)
     return ExportReport(
         source=str(source),
         out=str(out),
         to="gguf",
         architecture=work.architecture.name,
         tokenizer=whose,
-        types=dict(Counter(tensor.kind for tensor in planned)),
+        types=types,
         tensors=len(planned),
         bytes=out.stat().st_size,
         source_bytes=work.checkpoint.bytes_in(None),
@@ -265,41 +182,18 @@ def export_gguf(
     )
 
 
-def known_type(type: str | None) -> str | None:
-    """The type, in capitals.
-
-    Raises:
-        UserError: it is none of those that are written.
-    """
-    kind = None if type is None else type.upper()
-    if kind is not None and kind not in TYPES:
-        raise UserError(
-            f"type {kind!r} is not written{nearest(kind, TYPES)}; choose one of {', '.join(TYPES)}"
-        )
-    return kind
-
-
-def check_out(out: Path, overwrite: bool, *files: Path | None) -> None:
-    """Refuse an `out` that is a folder, that exists and may not be replaced, or that is one of the `files`.
-
-    Raises:
-        OutputError: it is.
-    """
-    if out.is_dir():
-        raise OutputError(
-            f"{out} is a folder; expected a file to write: give --out a name such as {out / 'model.gguf'}"
-        )
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
-    if any(file is not None and same_place(out, file) for file in files):
-        raise OutputError(
-            f"{out} is a file of the model itself or of its tokenizer; a source is never overwritten: choose another --out"
-        )
-
-
-def check_apart(out: Path, folder: Path) -> None:
-    """Refuse an `out` that is a file of the model in `folder`, or the GGUF file that this came from; raises as `check_out` does."""
-    check_out(out, True, *(folder.resolve() / x.name for x in folder.iterdir()), _origin(folder))
+@contextlib.contextmanager
+def _first(out: Path, filled: bool) -> Iterator[Path]:
+    """Where the file of floats is written: under a name that becomes `out`, or one that goes when `out` was made of it."""
+    if filled:
+        plain = durable.temporary(out.with_name(f"{out.name}.plain"))
+        try:
+            yield plain
+        finally:
+            plain.unlink(missing_ok=True)
+    else:
+        with durable.beside(out) as plain:
+            yield plain
 
 
 def _write(
@@ -307,11 +201,11 @@ def _write(
 ) -> None:
     import gguf
 
-    inside = Counter(tensor.kind for tensor in planned if len(tensor.shape) > 1 and tensor.name not in _ENDS)
+    inside = next(tensor.kind for tensor in planned if len(tensor.shape) > 1)
     writer = gguf.GGUFWriter(str(path), work.architecture.name)
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(TYPES[inside.most_common(1)[0][0]].file_type)
+    writer.add_file_type(file_type(inside))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     adders: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in work.header.items():
@@ -328,7 +222,9 @@ def _write(
     writer.write_ti_data_to_file()
     progress.phase("exporting", len(planned), "tensors")
     for tensor in planned:
-        writer.write_tensor_data(np.concatenate([stored(values, tensor) for values in work.slabs(tensor)]))
+        writer.write_tensor_data(
+            np.concatenate([floats(values, tensor.name, tensor.kind) for values in work.slabs(tensor)])
+        )
         progress.step(tensor.name)
     writer.close()
 
@@ -346,7 +242,7 @@ def _compare(path: Path, work: _Export, planned: list[Target], progress: Progres
             )
         start = 0
         for values in work.slabs(tensor):
-            zeros += check(values, written.data[start : start + len(values)], tensor)
+            zeros += _check(values, written.data[start : start + len(values)], tensor)
             start += len(values)
         progress.step(tensor.name)
     return zeros
@@ -358,7 +254,7 @@ def _tokenizer(
     """The tokenizer's keys, and whose they are: of the GGUF file that is named, of the one that the model came from, or its own."""
     if named is not None and gguf_behind(named) is None:
         raise UserError(f"--tokenizer-from {named}: expected a GGUF file, or smollm2")
-    path = gguf_behind(named if named is not None else source) or _origin(folder)
+    path = gguf_behind(named if named is not None else source) or origin(folder)
     if path is None:
         return keys_of_folder(folder, words), str(folder)
     keys = keys_of_gguf(path)
@@ -368,12 +264,3 @@ def _tokenizer(
             "pass --tokenizer-from with a GGUF file of the same model"
         )
     return keys, str(path)
-
-
-def _origin(folder: Path) -> Path | None:
-    """The GGUF file that a pruned folder was made from, as its record says, if it is still there."""
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return gguf_behind(record["source"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -23,7 +23,7 @@ from torch import Tensor
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Statistics
 from tawny.errors import CheckpointError, ModelError
-from tawny.exporting.gguf import check_apart, check_out
+from tawny.exporting.files import check_apart, check_out
 from tawny.model import durable
 from tawny.model.gguf_header import open_gguf
 from tawny.model.linears import Linear

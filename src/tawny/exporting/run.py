@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tawny.errors import UserError, nearest
-from tawny.exporting.gguf import ExportReport, export_gguf
+from tawny.exporting.files import ExportReport
+from tawny.exporting.gguf import export_gguf
 from tawny.exporting.imatrix import ImatrixReport, export_imatrix
 from tawny.exporting.through import export_through
 from tawny.model.trust import opens_models
@@ -18,7 +19,7 @@ from tawny.run.place import place_of
 
 # Target → what writes it, and the options that it takes.
 EXPORTERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "gguf": (export_gguf, ("type", "tokenizer_from", "template")),
+    "gguf": (export_gguf, ("type", "tokenizer_from", "template", "imatrix")),
     "imatrix": (export_imatrix, ("calibration", "samples", "seqlen")),
 }
 
@@ -32,6 +33,7 @@ def export(
     *,
     tokenizer_from: str | Path | None = None,
     template: str | Path | None = None,
+    imatrix: str | Path | None = None,
     calibration: Any = None,
     samples: int | None = None,
     seqlen: int | None = None,
@@ -46,13 +48,15 @@ def export(
         out: file to write.
         to: `gguf`, for llama.cpp; or `imatrix`, the importance matrix that its `llama-quantize` takes, which is measured on a text
             and holds the mean square of each input of every linear, for experts one by one.
-        type: of the matrices of `gguf`: F32, F16, BF16, Q8_0, Q5_0 or Q4_0; None keeps the one they are stored in. With Q5_0 and Q4_0 the
-            embedding and the head are Q8_0; matrices whose width is not a multiple of 32 are F16 then.
+        type: of the matrices of `gguf`: F32, F16 or BF16, or a type in blocks such as Q4_K, to which they are rounded by its best
+            scales. Then the embedding and the head get at least Q6_K, and a width that no block divides another type.
+            None keeps the type that they are stored in, and copies what was solved for GGUF (`tawny prune --values q4_k`).
         tokenizer_from: a GGUF file (or `smollm2`) whose tokenizer is taken; None takes that of the GGUF file the model came
             from, or makes it from `tokenizer.json`.
         template: a GGUF file of the same dense model (F32, F16, BF16 or Q8_0), of any architecture: its keys, its tokenizer and all
             tensors but the changed matrices are kept. Without a `type`, matrices keep that of the template. A pruned folder's
             `run.json` says which dense model it was made from.
+        imatrix: a file of `--to imatrix` or of `llama-imatrix`: how much the error of each input counts where `gguf` is rounded.
         calibration, samples, seqlen: what an `imatrix` is measured on, as for `tawny.prune`; None: 128 windows of 2,048 tokens of c4.
         overwrite: replace an existing file.
         progress: told how far the work is.
@@ -62,9 +66,9 @@ def export(
         ModelError: llama.cpp has no architecture for it that Tawny writes, no name for a linear, or its tokenizer is not known; or the
             template is of another model.
         TextError: the calibration text cannot be had or is too short.
-        UserError: an unknown target or type, or an option that the target does not take.
+        UserError: an unknown target or type, an option that the target does not take, or a type without a zero for a model with many.
         OutputError: `out` exists or cannot be written.
-        CheckpointError: the folder is damaged.
+        CheckpointError: the folder is damaged, or the importance matrix is of another model.
     """
     if to not in EXPORTERS:
         raise UserError(
@@ -75,6 +79,7 @@ def export(
         "type": type,
         "tokenizer_from": tokenizer_from,
         "template": template,
+        "imatrix": imatrix,
         "calibration": calibration,
         "samples": samples,
         "seqlen": seqlen,

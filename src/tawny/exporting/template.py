@@ -7,7 +7,7 @@ it, the checkpoint rounded in the same way.
 
 from __future__ import annotations
 
-__all__ = ["Matrices", "Payload", "Template"]
+__all__ = ["Matrices", "Payload", "Rows", "Template", "file_type"]
 
 import hashlib
 import math
@@ -33,6 +33,7 @@ from tawny.model.durable import writing
 from tawny.model.gguf_header import open_gguf
 from tawny.model.linears import Linear, linears_of
 from tawny.model.structure import find_blocks, head_of
+from tawny.packed.opening import open_checkpoint
 from tawny.progress import Progress, silent
 from tawny.run.place import same_place
 
@@ -85,7 +86,17 @@ class Matrices:
         self._units = {target: unit for unit in checkpoint.units for target in unit.targets}
         if self.head not in self._units:  # it is the embedding
             self.head = None
+        self.names = [*self.linears, *(end for end in (self.embedding, self.head) if end is not None)]
         self._held: tuple[Unit | None, dict[str, Tensor]] = (None, {})
+
+    @classmethod
+    def of(cls, folder: Path) -> Matrices:
+        """Those of a folder."""
+        from tawny.model.skeleton import open_skeleton
+
+        checkpoint, model = open_checkpoint(folder), open_skeleton(folder, torch.float32)
+        checkpoint.map_to(model)
+        return cls(checkpoint, model)
 
     def key(self, name: str) -> str:
         """The parameter that holds a matrix.
@@ -382,7 +393,11 @@ class Template:
             if len(tensor.shape) > 1 and tensor.name not in (EMBEDDING, HEAD)
         )
         head = bytearray(self._head)
-        for key, value in zip(_SET, (_file_type(inside), gguf.GGML_QUANT_VERSION), strict=True):
+        for key, value in zip(
+            _SET,
+            (file_type(inside.most_common(1)[0][0] if inside else "F32"), gguf.GGML_QUANT_VERSION),
+            strict=True,
+        ):
             start, size = self._set[key]
             head[start : start + size] = int(value).to_bytes(size, "little")
         return bytes(head)
@@ -433,11 +448,10 @@ def _head_of(reader: Any) -> tuple[bytes, dict[str, tuple[int, int]]]:
     return bytes(head), where
 
 
-def _file_type(kinds: Counter[str]) -> int:
-    """What `general.file_type` calls a file of these types: that of the most."""
+def file_type(kind: str) -> int:
+    """What `general.file_type` calls a file of a type."""
     from gguf import LlamaFileType
 
-    kind = kinds.most_common(1)[0][0] if kinds else "F32"
     names = (f"MOSTLY_{kind}", f"MOSTLY_{kind}_M", f"ALL_{kind}", "GUESSED")
     return next(int(LlamaFileType[name]) for name in names if name in LlamaFileType.__members__)
 

@@ -10,68 +10,53 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tawny.errors import ModelError, TawnyError, UserError
-from tawny.exporting.gguf import (
-    ExportReport,
-    Target,
-    check,
-    check_apart,
-    check_out,
-    kind_for,
-    known_type,
-    stored,
-)
-from tawny.exporting.template import Matrices, Payload, Rows, Template
+from tawny.exporting.files import ExportReport, check_apart, check_out
+from tawny.exporting.rounding import Rounding, known_type
+from tawny.exporting.template import Matrices, Template
 from tawny.model.source import gguf_behind, resolve
-from tawny.packed.opening import open_checkpoint
-from tawny.progress import Progress
-
-_ROWS = 4096  # converted at a time
+from tawny.progress import Progress, silent
 
 
 def export_through(
     source: str | Path,
     out: Path,
     *,
-    template: str | Path,
+    template: str | Path | Template,
     type: str | None = None,
-    overwrite: bool,
-    progress: Progress,
+    imatrix: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
 ) -> ExportReport:
-    """`export` to GGUF with a template."""
+    """`export` to GGUF with a template, or with one whose matrices were found in the dense model before."""
     started = time.perf_counter()
     kind = known_type(type)
-    given = gguf_behind(template)
+    given = template.path if isinstance(template, Template) else gguf_behind(template)
     if given is None:
         raise UserError(f"--template {template}: expected a GGUF file")
-    check_out(out, overwrite, given, gguf_behind(source))
+    check_out(out, overwrite, given, gguf_behind(source), imatrix)
     folder = resolve(source, progress.say)
     check_apart(out, folder)
-    ours = _open(folder)
+    ours = Matrices.of(folder)
     dense = _dense(folder, progress.say)
-    theirs = ours if dense == folder else _open(dense)
-    every = [*ours.linears, *(end for end in (ours.embedding, ours.head) if end is not None)]
-    _check_same(ours, theirs, every, folder, dense)
-    changed, zeros = _changed(ours, theirs, every, progress)
+    theirs = ours if dense == folder else Matrices.of(dense)
+    _check_same(ours, theirs, ours.names, folder, dense)
+    rounding = Rounding(ours, kind, imatrix)
+    changed = _changed(ours, theirs, progress)
     # What stays as it is need not be found: some converters take such matrices apart.
-    names = [name for name in every if kind is not None or not changed or name in changed]
-    filled = Template.of(given, theirs.checkpoint, theirs.model, names, progress)
-    kinds = {
-        name: kind_for(places[0].slot[0], ours.shape(name), kind or str(filled.kind_of(name)))
-        for name, places in filled.places.items()
-        if places
-    }
-    replaced = {name for name in kinds if name in changed or kinds[name] != filled.kind_of(name)}
-    for together in filled.alike:
-        if replaced.intersection(together):
-            replaced.update(together)
-    payloads = {
-        name: Payload(kinds[name], _rows(ours, name, kinds[name])) for name in kinds if name in replaced
-    }
-    types = filled.fill(out, payloads, progress)
+    wanted = changed.union(rounding.wanted(ours.names))
+    if isinstance(template, Template):
+        filled = template
+        if absent := sorted(wanted.difference(filled.places)):
+            raise ModelError(
+                f"the template has no place for {absent[0]!r}, which changed; open it with this matrix too"
+            )
+    else:
+        names = [name for name in ours.names if not wanted or name in wanted]
+        filled = Template.of(given, theirs.checkpoint, theirs.model, names, progress)
+    types, zeros = rounding.fill(filled, out, changed, progress)
     return ExportReport(
         source=str(source),
         out=str(out),
@@ -85,14 +70,6 @@ def export_through(
         zeros=zeros,
         seconds=time.perf_counter() - started,
     )
-
-
-def _open(folder: Path) -> Matrices:
-    from tawny.model.skeleton import open_skeleton
-
-    checkpoint, model = open_checkpoint(folder), open_skeleton(folder, torch.float32)
-    checkpoint.map_to(model)
-    return Matrices(checkpoint, model)
 
 
 def _dense(folder: Path, say: Callable[[str], None]) -> Path:
@@ -118,17 +95,18 @@ def _dense(folder: Path, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def _changed(ours: Matrices, theirs: Matrices, names: list[str], progress: Progress) -> tuple[set[str], int]:
-    """Matrices that are not as in the dense model, with all others of the same parameter; and the zeros of all."""
-    keys, zeros = set(), 0
-    progress.phase("comparing", len(names), "matrices")
-    for name in names:
+def _changed(ours: Matrices, theirs: Matrices, progress: Progress) -> set[str]:
+    """Matrices that are not as in the dense model, with all others of the same parameter."""
+    if ours is theirs:
+        return set()
+    keys = set()
+    progress.phase("comparing", len(ours.names), "matrices")
+    for name in ours.names:
         values = ours.read(name)
-        zeros += int((values == 0).sum())
-        if ours is not theirs and not torch.equal(values, theirs.read(name).to(values.dtype)):
+        if not torch.equal(values, theirs.read(name).to(values.dtype)):
             keys.add(ours.key(name))
         progress.step(name)
-    return {name for name in names if ours.key(name) in keys}, zeros
+    return {name for name in ours.names if ours.key(name) in keys}
 
 
 def _check_same(ours: Matrices, theirs: Matrices, names: list[str], folder: Path, dense: Path) -> None:
@@ -156,17 +134,3 @@ def _check_same(ours: Matrices, theirs: Matrices, names: list[str], folder: Path
             f"{changed!r} of {folder} is not as in {dense}, and a template keeps it as it was; convert the folder itself with llama.cpp's "
             "convert_hf_to_gguf.py"
         )
-
-
-def _rows(matrices: Matrices, name: str, kind: str) -> Callable[[], Rows]:
-    def encoded() -> Rows:
-        pieces = []
-        for piece in torch.split(matrices.read(name), _ROWS):
-            values = piece.float().contiguous()
-            target = Target(name, tuple(values.shape), kind, None)
-            data = stored(values, target)
-            check(values, data, target)
-            pieces.append(np.ascontiguousarray(data).view(np.uint8).reshape(len(values), -1))
-        return np.concatenate(pieces)
-
-    return encoded
