@@ -36,6 +36,22 @@ def test_a_folder_holds_what_was_solved_for_gguf(tmp_path, folder):
         assert torch.equal(torch.from_numpy(values.copy()), weights[name].detach())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_embedding_get_the_types_that_they_are_asked_for(tmp_path, tied):
+    tiny_model("llama", intermediate_size=64, tie_word_embeddings=tied).save_pretrained(tmp_path / "model")
+    ends = {"head": "q8_0"} if tied else {"head": "q8_0", "embedding": "q5_k"}
+    tawny.prune(tmp_path / "model", tmp_path / "out", **KEYS, values={"kind": "q4_0", **ends})
+    model, encoded = tawny.load(tmp_path / "out"), read_tensors(tmp_path / "out" / ENCODED)
+    named = {"lm_head.weight.q8_0": model.lm_head, "model.embed_tokens.weight.q5_1": model.model.embed_tokens}
+    if tied:
+        named = {"model.embed_tokens.weight.q8_0": model.lm_head}
+    assert {key for key in encoded if key.rpartition(".")[0].endswith("weight")} == set(named)
+    for key, module in named.items():
+        type = gguf.GGMLQuantizationType[GGUF_KINDS[key.rpartition(".")[2]].type]
+        values = torch.from_numpy(gguf.dequantize(encoded[key].numpy(), type).copy())
+        assert torch.equal(values, module.weight.detach())
+
+
 def test_a_run_that_was_stopped_gives_the_same_bytes(tmp_path, folder):
     tawny.prune(folder, tmp_path / "whole", values="q4_0", **KEYS)
     with pytest.raises(Interrupted):

@@ -26,7 +26,7 @@ from tawny.exporting.template import Matrices, Payload, Rows, Template
 from tawny.gguf_kinds import ENCODED, GGUF_KINDS, GGUFKind, fitting
 from tawny.model.tensorfile import entries, read_tensor
 from tawny.progress import Progress
-from tawny.solvers.block_grid import BlockGrid
+from tawny.solvers.block_grid import rounded
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (*FLOATS, *(kind.type for kind in GGUF_KINDS.values()))
@@ -91,7 +91,7 @@ class Rounding:
         self._solved = {
             name: GGUF_KINDS[kind].type
             for name, _, kind in (key.rpartition(".") for key in self._entries)
-            if name in ours.linears and kind in GGUF_KINDS
+            if name in ours.names and kind in GGUF_KINDS
         }
         if len(self._solved) < len(self._entries):
             raise CheckpointError(f"{self.blocks} is not of the model beside it; prune again, or remove it")
@@ -264,10 +264,8 @@ class Rounding:
                 pieces.append(floats(W_OI, name, type))
                 continue
             _largest(W_OI, name)
-            grid = BlockGrid(_kind(type))
-            state_OS = grid.fit(W_OI, weights_I)
-            made_OI = grid.project(W_OI, state_OS)
-            rows: Rows = grid.encoded(made_OI, state_OS).numpy()
+            made_OI, encoded = rounded(W_OI, _kind(type).name, weights_I)
+            rows: Rows = encoded.numpy()
             if not torch.equal(_decoded(rows, type), made_OI) or (
                 _keeps_zeros(type) and bool(made_OI[W_OI == 0].any())
             ):

@@ -7,13 +7,18 @@ __all__ = ["or_say", "write_pages", "write_rest"]
 import json
 from typing import Any
 
-from tawny.gguf_kinds import ENCODED
+from torch import Tensor
+
+from tawny.gguf_kinds import ENCODED, GGUF_KINDS, fitting
+from tawny.packed.install import ends_of
 from tawny.precision import DTYPES
 from tawny.pruning.session import Session
 from tawny.recipe.files import dump_recipe
 from tawny.report.card import CARD, front_matter, model_card
 from tawny.report.html import NAME, write_report
 from tawny.report.pages import or_say
+from tawny.run.writer import ENCODED_PART
+from tawny.solvers.block_grid import rounded
 
 _OUTSIDE = "outside"
 
@@ -64,10 +69,33 @@ def _plan_shards(session: Session) -> list[dict[str, Any]]:
     # Tensors no parameter uses travel too: what Tawny does not prune, it does not judge.
     outside = [key for key in checkpoint.files if key not in inside]
     dtype = DTYPES[session.job.recipe.dtype] if session.job.recipe.dtype else None
-    session.output.write_outside(_OUTSIDE, checkpoint, outside, dtype)
+    session.output.write_outside(_OUTSIDE, checkpoint, outside, dtype, _rounded_ends(session))
     return session.output.plan_shards(
         [_OUTSIDE, *(f"{index:05d}" for index in range(len(session.job.stack)))]
     )
+
+
+def _rounded_ends(session: Session) -> dict[str, Tensor]:
+    """Head and embedding in the types of GGUF files that the recipe names, by their keys in the checkpoint."""
+    stack, values, output = session.job.stack, session.job.recipe.values, session.output
+    head, embedding, tied = ends_of(stack.model)
+    ends = {head: values.head, embedding: values.head if tied else values.embedding or values.head}
+    assert stack.checkpoint is not None and output is not None
+    units = {target: unit for unit in stack.checkpoint.units for target in unit.targets}
+    instead: dict[str, Tensor] = {}
+    encoded: dict[str, Tensor] = {}
+    for module, kind in ends.items():
+        unit = units.get(f"{module}.weight")
+        if kind not in GGUF_KINDS or unit is None:
+            continue
+        name, parameter = unit.targets[0], stack.checkpoint.load(unit, stack.model)
+        with session.run.clock("solve"):
+            W_OI, rows = rounded(parameter[name], kind)
+        instead |= stack.checkpoint.store(unit, {name: W_OI}, stack.model)
+        encoded[f"{name}.{fitting(kind, W_OI.shape[1])}"] = rows
+    if encoded:
+        output.write_block(f"ends{ENCODED_PART}", encoded)
+    return instead
 
 
 def _say_settings(session: Session) -> None:

@@ -95,12 +95,21 @@ class CheckpointWriter:
                 waiting.result()
 
     def write_outside(
-        self, name: str, checkpoint: Checkpoint, keys: Sequence[str], dtype: torch.dtype | None
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        keys: Sequence[str],
+        dtype: torch.dtype | None,
+        instead: Mapping[str, torch.Tensor],
     ) -> None:
-        """Tensors that are in no block, copied a tensor at a time; floats in `dtype`, if there is one."""
+        """Tensors that are in no block, copied a tensor at a time; floats in `dtype`, if there is one.
+
+        Args:
+            instead: tensors that take the place of some, by their key.
+        """
         path = self.block_path(name)
         with writing(path), durable.beside(path) as temporary:
-            if dtype is None and all(key in checkpoint.places for key in keys):
+            if dtype is None and not instead and all(key in checkpoint.places for key in keys):
                 merge(temporary, [(checkpoint.files[key], key) for key in keys])
                 return
             kinds = {key: checkpoint.dtype_of(key) for key in keys}
@@ -110,7 +119,8 @@ class CheckpointWriter:
             }
             with TensorWriter(temporary, specs) as writer:
                 for key in keys:
-                    writer.write(key, cast(checkpoint.read([key])[key], specs[key][0], key))
+                    value = instead[key] if key in instead else checkpoint.read([key])[key]
+                    writer.write(key, cast(value, specs[key][0], key))
 
     def write_encoded(self, name: str) -> None:
         """Put what blocks were encoded as, if they were, into one file."""

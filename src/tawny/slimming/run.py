@@ -178,7 +178,7 @@ def _cut(stack: Stack, output: CheckpointWriter, source: str, progress: Progress
             "prune with -p channels+heads or -p blocks first, or `tawny pack` it"
         )
     outside = [key for key in checkpoint.files if key not in cut.inside]
-    output.write_outside("outside", checkpoint, outside, None)
+    output.write_outside("outside", checkpoint, outside, None, {})
     return cut, computed
 
 

@@ -19,13 +19,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from tawny.gguf_kinds import GGUFKind
+from tawny.gguf_kinds import GGUF_KINDS, GGUFKind, fitting
 from tawny.kinds import half_steps, solved_kind
 from tawny.solvers.grid import Grid, Rounding, ScaledGrid
 
-__all__ = ["BlockGrid", "grid_of"]
+__all__ = ["BlockGrid", "grid_of", "rounded"]
 
 _PART = 1 << 16  # weights whose copies stay in a core's cache
+_ROWS = 4096  # of a large matrix that are rounded at a time
 _TRIES = 12  # of scales of a group with a minimum, around the one that spans it
 _ROUNDS = 2  # of d and dmin, and s and m by these
 
@@ -271,6 +272,20 @@ def grid_of(name: str, group: int | None = None) -> Grid:
     if isinstance(kind, GGUFKind):
         return BlockGrid(kind)
     return ScaledGrid(kind.grid, kind.span(group), long=kind.bits == 8)
+
+
+def rounded(W_OI: Tensor, name: str, weights_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A weight by best scales in a GGUF type: its values in the dtype that it has, and uint8 `[out, bytes of a row]`."""
+    kind = GGUF_KINDS[fitting(name, W_OI.shape[1])]
+    grid, made_OI = BlockGrid(kind), torch.empty_like(W_OI)
+    rows = torch.empty(len(W_OI), W_OI.shape[1] // kind.block * kind.bytes, dtype=torch.uint8)
+    for start in range(0, len(W_OI), _ROWS):
+        part = slice(start, start + _ROWS)
+        values_PI = W_OI[part].float()
+        state = grid.fit(values_PI, weights_I)
+        values_PI = grid.project(values_PI, state)
+        rows[part], made_OI[part] = grid.encoded(values_PI, state), values_PI.to(W_OI.dtype)
+    return made_OI, rows
 
 
 def _half(values: Tensor) -> Tensor:
