@@ -249,3 +249,17 @@ def test_wrong_files_and_options_are_refused_in_one_line(words, tmp_path):  # no
         with pytest.raises(CheckpointError, match=said) as caught:
             tawny.export(folder, out, tokenizer_from=words)
         assert "\n" not in str(caught.value) and not list(tmp_path.glob("m.gguf*"))
+
+
+def test_experts_that_were_solved_are_copied_slice_by_slice(tmp_path):
+    model = tiny_model("qwen3_moe", intermediate_size=64, moe_intermediate_size=32, hidden_size=64)
+    model.save_pretrained(tmp_path / "model")
+    tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    path = write(tmp_path / "whole.gguf", tensors, "F16")
+    keys = {"sparsity": 0.0, "solver": "magnitude", "calibration": tokens(2, 24)}
+    tawny.prune(tmp_path / "model", tmp_path / "solved", values="q4_0", **keys)
+    tawny.export(tmp_path / "solved", tmp_path / "m.gguf", template=path)
+    encoded, found = read_tensors(tmp_path / "solved" / ENCODED), raw(tmp_path / "m.gguf")
+    fused = next(name for name in tensors if name.endswith("experts.gate_up_proj"))
+    rows = [encoded[f"{fused}.{expert}.q4_0"].numpy().tobytes() for expert in range(len(tensors[fused]))]
+    assert found[fused] == ("Q4_0", b"".join(rows))
