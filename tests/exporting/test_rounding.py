@@ -86,7 +86,7 @@ def test_what_was_trained_since_is_rounded_anew(words, tmp_path):  # noqa: F811
     report = tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words, progress=said)
     assert report.types["Q4_0"] == 7
     assert [x for x in said.lines if "anew" in x] == [
-        "2 of the linears changed since they were solved for GGUF, and are rounded anew by best scales"
+        "2 of the matrices changed since they were solved for GGUF, and are rounded anew by best scales"
     ]
     before, after = raw(tmp_path / "before.gguf"), raw(tmp_path / "m.gguf")
     differing = {name for name in before if before[name] != after[name]}
@@ -108,6 +108,11 @@ def test_embedding_and_head_get_the_kinds_of_the_recipe(values, tied, types, wor
     found = raw(tmp_path / "m.gguf")
     ends = tuple(found.get(name, (None,))[0] for name in ("token_embd.weight", "output.weight"))
     assert ends == types and found["blk.0.ffn_up.weight"][0] == "Q4_0"
+    encoded = read_tensors(folder / ENCODED)
+    solved_ends = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
+    for key, rows in encoded.items():
+        if (name := solved_ends.get(key.rpartition(".")[0])) is not None:
+            assert found[name][1] == rows.numpy().tobytes()
 
 
 @pytest.mark.parametrize("kind", GGUF_KINDS.values(), ids=GGUF_KINDS)

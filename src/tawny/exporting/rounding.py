@@ -178,7 +178,7 @@ class Rounding:
         return types
 
     def _look(self, types: Mapping[str, str], progress: Progress) -> tuple[set[str], dict[str, int]]:
-        """Linears whose weights are what was solved, and the zeros of every matrix."""
+        """Matrices whose weights are what was solved, and the zeros of every one."""
         copied, anew, zeros = set(), 0, {}
         progress.phase("looking", len(self.ours.names), "matrices")
         for name in self.ours.names:
@@ -192,7 +192,7 @@ class Rounding:
             progress.step(name)
         if anew:
             progress.say(
-                f"{anew} of the linears changed since they were solved for GGUF, and are rounded anew by best scales"
+                f"{anew} of the matrices changed since they were solved for GGUF, and are rounded anew by best scales"
             )
         return copied, zeros
 
