@@ -78,7 +78,8 @@ class Study:
         keys = {"calibration.text": self.texts, "seed": int(seed or 0)}
         keys |= {f"calibration.{key}": getattr(self.args, key) for key in ("samples", "seqlen")}
         size = theirs.stat().st_size
-        tawny.fit(self.source, file, size=size, to="gguf", measured=min(mine, default=None), **keys)
+        own = {"solver": self.args.solver, "fit.windows": self.args.asked, "fit.deciding": self.args.deciding}
+        tawny.fit(self.source, file, size=size, to="gguf", measured=min(mine, default=None), **keys, **own)
 
     def matrix(self, seed: int) -> Path:
         """llama.cpp's importance matrix of the windows that a fit of this seed is calibrated on."""
@@ -104,6 +105,9 @@ def main() -> None:
     parser = parser_for(__doc__, "gguf.json")
     parser.add_argument("--work", type=Path, required=True, help="folder to keep the files in")
     parser.add_argument("--cells", nargs="*", default=CELLS)
+    parser.add_argument("--solver", default="sparsegpt", help="of fits")
+    parser.add_argument("--asked", type=int, default=8, help="windows that a fit measures reactions on")
+    parser.add_argument("--deciding", type=int, default=32, help="windows that a fit decides on")
     parser.add_argument("--judged", type=int, default=8, help="windows of each text for llama-perplexity")
     parser.add_argument("--tasks", type=int, help="documents a task, of --cells that are finished, or dense")
     parser.add_argument("--speed", action="store_true", help="only measure speeds of files in --work")
@@ -111,7 +115,7 @@ def main() -> None:
     parser.set_defaults(samples=20, windows=32)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    keys = ("samples", "seqlen", "eval_seqlen", "windows")
+    keys = ("samples", "seqlen", "eval_seqlen", "windows", "solver", "asked", "deciding")
     setting = {key: getattr(args, key) for key in keys}
     setting |= {"model": Path(args.model).name, "texts": [Path(text).name for text in args.text]}
     setting |= {"calibration": [Path(text).name for text in args.calibration.split(",")]}

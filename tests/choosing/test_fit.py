@@ -14,8 +14,8 @@ import torch
 import tawny
 from tawny.choosing import finalists as finalists_module
 from tawny.choosing import fit as module
+from tawny.choosing import forms, refining
 from tawny.choosing import pace as pace_module
-from tawny.choosing import refining
 from tawny.choosing.demand import FitDemand
 from tawny.choosing.divergence import Reference, Scorer
 from tawny.choosing.fitted import _zeros_told
@@ -333,12 +333,12 @@ def test_refining_that_breaks_down_loses_nothing(dense, fitted, tmp_path, monkey
 
 
 def test_a_fit_of_which_nothing_can_be_made_keeps_what_it_measured(dense, fitted, tmp_path, monkeypatch):
-    def breaks(*_):
+    def breaks(*_, **__):
         raise NumericalError("NaN in block 1")
 
     out = tmp_path / "made"
     with monkeypatch.context() as patched:
-        patched.setattr(finalists_module, "make", breaks)
+        patched.setattr(forms.Packed, "make", breaks)
         with pytest.raises(
             RecipeError, match=r"NaN in block 1: give a larger size.* with --measured .* again"
         ):

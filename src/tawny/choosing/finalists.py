@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Judged", "apart", "judge_all", "lead_over_uniform"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,8 @@ from tawny.choosing.scores import lead
 from tawny.choosing.table import Finalist
 from tawny.errors import NumericalError
 from tawny.evaluation.agreement import agreement
-from tawny.kinds import KINDS
-from tawny.model.checkpoint import file_bytes
-from tawny.model.streams import Samples
-from tawny.packed.folder import INDEX
+from tawny.kinds import solved_kind
 from tawny.patterns import removed_count
-from tawny.pruning.packing import prune_and_pack
 from tawny.pruning.session import (
     Session,
 )
@@ -32,13 +28,17 @@ from tawny.recipe.schema import Recipe
 from tawny.report.pages import write_beside
 from tawny.words import size
 
+Make = Callable[
+    [Path, Recipe], int
+]  # what makes the model of a recipe in a folder, and says the bytes of its files
+
 
 @dataclass(frozen=True)
 class Judged:
     """A finalist that was made.
 
     Attributes:
-        folder: the packed model.
+        folder: the model that was compared: packed, or what the GGUF file beside it was made from.
         row: of the table of finalists: size, divergence from the dense model, and what of it was expected.
     """
 
@@ -52,12 +52,7 @@ class Judged:
 
 
 def judge_all(
-    session: Session,
-    finalists: Sequence[Finalist],
-    samples: Samples,
-    deciding: Tensor,
-    memory: str | int | None,
-    tokenizer: Any,
+    session: Session, finalists: Sequence[Finalist], deciding: Tensor, make: Make
 ) -> tuple[list[Judged], list[str]]:
     """Each finalist made and compared once; a line on each that broke down and takes no part."""
     place, run = session.place, session.run
@@ -67,8 +62,11 @@ def judge_all(
         folder = place.steps / "finalists" / str(number)
         with run.clock(f"finalist {number}"):
             try:
-                make(session, folder, finalist, samples, memory, tokenizer)
-                judging = partial(judge, session, folder, finalist, deciding)
+                folder.parent.mkdir(exist_ok=True)
+                if not folder.exists():
+                    run.progress.say(f"making {finalist.name} ({size(finalist.bytes)})")
+                taken = make(folder, _recipe_of(session, finalist, folder))
+                judging = partial(judge, session, folder, finalist, deciding, taken)
                 row = run.journal.once(f"finalist {number}", judging)
             except NumericalError as error:
                 broken.append(f"{finalist.name} breaks down and takes no part: {error}")
@@ -85,7 +83,9 @@ def _recipe_of(session: Session, finalist: Finalist, folder: Path) -> Recipe:
         return resolve_recipe(base, values={"kind": finalist.uniform, "group_size": finalist.group, **ends})
     numel = {x.name: x.numel for x in session.job.linears}
     removed = sum(removed_count(numel[name], level.sparsity) for name, level in finalist.levels.items())
-    kinds = sorted({level.kind for level in finalist.levels.values()}, key=lambda name: -KINDS[name].bits)
+    kinds = sorted(
+        {level.kind for level in finalist.levels.values()}, key=lambda name: -solved_kind(name).bits
+    )
     lines = [
         f"# {finalist.name}. Its mean sparsity is {removed / sum(numel.values()):.6f}.",
         "# Use it: tawny prune MODEL -c RECIPE --out DIR, with the recipe.yaml beside it.",
@@ -102,33 +102,7 @@ def _recipe_of(session: Session, finalist: Finalist, folder: Path) -> Recipe:
     )
 
 
-def make(
-    session: Session,
-    folder: Path,
-    finalist: Finalist,
-    samples: Samples,
-    memory: str | int | None,
-    tokenizer: Any,
-) -> None:
-    """The packed folder of a finalist: pruned in earnest, packed, and not done again."""
-    if folder.exists():
-        return
-    folder.parent.mkdir(exist_ok=True)
-    session.run.progress.say(f"making {finalist.name} ({size(finalist.bytes)})")
-    source = session.job.folder
-    assert source is not None
-    prune_and_pack(
-        source,
-        folder,
-        recipe=_recipe_of(session, finalist, folder),
-        progress=session.run.progress,
-        memory=memory,
-        tokenizer=tokenizer,
-        calibration=samples if session.held_out is None else None,
-    )
-
-
-def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) -> dict[str, Any]:
+def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor, taken: int) -> dict[str, Any]:
     """A row of the table of finalists."""
     source = session.job.folder
     assert source is not None
@@ -136,7 +110,6 @@ def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) 
     agreed = agreement(
         folder, source, deciding, compute=recipe.compute, device=recipe.device, progress=session.run.progress
     )
-    taken = file_bytes(folder) + (folder / INDEX).stat().st_size
     return {
         "name": finalist.name,
         "uniform": finalist.uniform is not None,

@@ -31,15 +31,16 @@ from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.choosing.demand import FitDemand, asked_windows
 from tawny.choosing.divergence import Scorer
 from tawny.choosing.finalists import apart, judge_all
-from tawny.choosing.fitted import Fitted, deliver, tell
+from tawny.choosing.fitted import Fitted, tell
+from tawny.choosing.forms import FORMS
 from tawny.choosing.kept import REACTIONS, Measured, keep_measured, read_measured, take_measured
 from tawny.choosing.limit import Room, Target, check_target, room_for
 from tawny.choosing.measuring import ASKING, ask, few_bits, measure, probes_bytes, react, react_ends
 from tawny.choosing.pace import Pace, measured_pace
-from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.refining import refine
 from tawny.choosing.scores import Scores
 from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
+from tawny.choosing.sizes import Sizes
 from tawny.choosing.solving import WALK, LevelStore, level_dtype
 from tawny.choosing.table import Finalist, Table
 from tawny.errors import ModelError, NumericalError, RecipeError, TextError
@@ -48,7 +49,6 @@ from tawny.machine import resident_memory
 from tawny.model.identity import tensor_digest
 from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
-from tawny.packed import format
 from tawny.packed.opening import loaded_bytes
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
@@ -83,6 +83,9 @@ def fit(
     overwrite: bool = False,
     memory: str | int | None = None,
     measured: str | Path | None = None,
+    to: str | None = None,
+    kinds: str | None = None,
+    template: str | Path | None = None,
     tokenizer: Any = None,
     calibration: Any = None,
     trust_remote_code: bool = False,
@@ -94,15 +97,18 @@ def fit(
 
     Args:
         source: a folder, hub id, `.gguf` file or `smollm2`.
-        out: the packed folder to write. `allocation.yaml` in it is what was chosen, unless one kind for all linears won; its `recipe.yaml`
+        out: the packed folder to write, or with `fit.to` of `gguf` the file. `allocation.yaml` in it is what was chosen, unless one kind for all linears won; its `recipe.yaml`
             makes it again.
-        size: of the weight files and their index, such as `700MB`; GB = 10⁹ bytes.
+        size: of the weight files and their index, or of the whole GGUF file, such as `700MB`; GB = 10⁹ bytes.
         bits: the same for each weight of the model, embeddings and head included: 8 × bytes / weights. Give one of the three.
         speed: tokens a second of one sequence, at what this machine's memory and kernels are measured to reach now.
         recipe: of the pruning: solver, calibration, seed. Sparsity, values and allocator are what is chosen.
         settings: what finalists are judged by; `keys` override single entries of both (`**{"fit.deciding": 16}`).
         memory: peak memory of the whole process that may not be passed.
-        measured: the folder of an earlier fit of the same model, recipe and text to another size; what it measured is taken.
+        measured: the folder or GGUF file of an earlier fit of the same model, recipe and text to another size; what it measured is taken.
+        to: `packed` for a folder, `gguf` for one file for llama.cpp, Ollama and LM Studio; its card and what was measured lie beside it.
+        kinds: types that tensors of the GGUF file may get, with commas between.
+        template: a whole GGUF file of the model, whose keys and other tensors are kept; needed where `export` has no architecture.
         calibration: tokens `[samples, tokens]`, of which some are held out; or the name or path of a text.
         trust_remote_code: let code that lies in a model's folder run.
 
@@ -121,6 +127,8 @@ def fit(
     target = Target.of(size, bits, speed)
     named, given = text_or_tokens(calibration)
     of_recipe, own = own_keys({**named, **keys}, "fit")
+    form = {"to": to, "kinds": kinds, "template": None if template is None else str(template)}
+    own |= {key: value for key, value in form.items() if value is not None}
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
     earlier = None if measured is None else read_measured(Path(measured))
     with open_session(
@@ -130,11 +138,11 @@ def fit(
             samples=True,
             demand=partial(FitDemand.of, settings),
             held_out=partial(_held_out, settings),
-            check=partial(check_target, target),
+            check=partial(check_target, target, FORMS[settings.to].known),
             identity={"verb": "fit", "fit": {**asdict(target), **asdict(settings)}},
         ),
         progress,
-        place=Workplace(place_of(out)),
+        place=Workplace(place_of(out), FORMS[settings.to].accepts),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,
@@ -198,15 +206,16 @@ def _fit(
     """Steps 1 to 4."""
     job, journal, place = session.job, session.run.journal, session.place
     assert place is not None
-    room = _room(session, target)
+    form = FORMS[settings.to]
+    room = _room(session, target, form.sizes(session, settings))
     samples, asked, searched, deciding = _split(session, settings)
     of = {key: journal.identity.get(key) for key in ("recipe", "model", "text")}
-    of |= {"held-out text": tensor_digest(searched.tokens).hexdigest(), "packed format": format.VERSION}
+    of |= {"held-out text": tensor_digest(searched.tokens).hexdigest(), **form.version}
     if earlier is not None:
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
     measured = _measured(session, samples, asked, searched, room.sizes, place.steps)
-    keep_measured(place.steps, of, journal.state["once"])
+    keep_measured(place.steps, {"of": of, REACTIONS: journal.state["once"][REACTIONS]})
     # To another folder: `--overwrite` would clear what was measured before a misspelt text is refused.
     again = f"to another --out, with --measured {shlex.quote(str(place.out))}, nothing is measured again"
     table = Table(job, room, measured)
@@ -221,7 +230,8 @@ def _fit(
         warnings.append(f"refining broke down and takes no part: {error}")
     names = "; ".join(each.name for each in finalists)
     session.run.progress.say(f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {names}")
-    judged, broken = judge_all(session, finalists, samples, deciding, memory, tokenizer)
+    make = partial(form.make, session, room.sizes, samples, memory=memory, tokenizer=tokenizer)
+    judged, broken = judge_all(session, finalists, deciding, make)
     if not judged:
         raise RecipeError(f"{'; '.join(broken)}: give a larger size, or more calibration; {again}")
     allowed = room.file_bytes or math.inf
@@ -238,7 +248,6 @@ def _fit(
             f"{len(deciding)} windows of {deciding.shape[1]} held-out tokens do not tell the first two finalists apart: "
             f"{ahead:.5f} ± {unsure:.5f} nats a token; give a longer text, or more fit.deciding"
         )
-    keep_measured(best.folder, of, journal.state["once"])
     held_out = {"reactions": len(searched), "deciding": len(deciding), "tokens": searched.seqlen}
     fitted = tell(
         session,
@@ -251,7 +260,7 @@ def _fit(
         held_out=held_out,
         warnings=warnings,
     )
-    deliver(session, fitted, best.folder)
+    form.deliver(session, fitted, best.folder, {"of": of, REACTIONS: journal.state["once"][REACTIONS]})
     return fitted
 
 
@@ -274,7 +283,7 @@ def _refined(
     return str(outcome["says"])
 
 
-def _room(session: Session, target: Target) -> Room:
+def _room(session: Session, target: Target, sizes: Sizes) -> Room:
     """What may be spent. A pace is measured once, so that a fit that goes on decides alike."""
     journal, job = session.run.journal, session.job
     kept = journal.state.get("once", {}).get(_PACE)
@@ -282,7 +291,7 @@ def _room(session: Session, target: Target) -> Room:
     def pace() -> Pace:
         return measured_pace(job.linears, session.run.progress) if kept is None else Pace.from_mapping(kept)
 
-    room = room_for(job, target, pace)
+    room = room_for(job, target, sizes, pace)
     if room.pace is not None:
         plain = asdict(room.pace)
         journal.once(_PACE, lambda: plain)
@@ -321,7 +330,7 @@ def _speed(
 
 
 def _measured(
-    session: Session, samples: Samples, asked: Samples, searched: Samples, sizes: PackedSize, work: Path
+    session: Session, samples: Samples, asked: Samples, searched: Samples, sizes: Sizes, work: Path
 ) -> Measured:
     """Step 1, and what outputs, head and embedding say to it; what is measured once is kept."""
     job, journal = session.job, session.run.journal
@@ -329,7 +338,7 @@ def _measured(
         dtype, probed = level_dtype(job.stack), journal.walk(WALK)[0]
         with LevelStore(work / "levels", probes_bytes(job), dtype, kept=probed) as store:
             with session.run.clock("levels"):
-                measures, hidden = measure(session, store, samples, searched)
+                measures, hidden = measure(session, sizes, store, samples, searched)
             scores = Scores(store.folder / "scores.jsonl")
             scorer = Scorer(job, store, searched, hidden, session.run.progress, scores)
             with session.run.clock("reactions"):

@@ -15,10 +15,11 @@ from typing import Any
 
 from tawny.allocation.profile import LinearInfo
 from tawny.choosing.finalists import Judged, lead_over_uniform
+from tawny.choosing.kept import keep_measured
 from tawny.choosing.level import Level
 from tawny.choosing.settings import FitSettings
 from tawny.choosing.table import ZEROS_GAIN, Finalist, Table
-from tawny.kinds import KINDS
+from tawny.kinds import solved_kind
 from tawny.machine import peak_memory
 from tawny.pruning.prepare import Job
 from tawny.pruning.session import Session
@@ -133,7 +134,7 @@ def _roles(job: Job, finalist: Finalist) -> dict[str, dict[str, list[float | Non
 
     return {
         role: {
-            "bits": means(blocks, lambda level: KINDS[level.kind].bits),
+            "bits": means(blocks, lambda level: solved_kind(level.kind).bits),
             "sparsity": means(blocks, lambda level: level.sparsity),
         }
         for role, blocks in here.items()
@@ -190,10 +191,11 @@ def tell(
     )
 
 
-def deliver(session: Session, fitted: Fitted, folder: Path) -> None:
-    """Make a finalist's folder the output."""
+def deliver(session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
+    """Make a finalist's packed folder the output."""
     place = session.place
     assert place is not None
+    keep_measured(folder, measured)
     facts = finite(fitted.to_dict())
     beside = folder.with_suffix(".yaml")
     if beside.exists():

@@ -47,9 +47,9 @@ class Measured:
         return cls(measures, kept["reactions"], head, embedding)
 
 
-def keep_measured(folder: Path, of: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
-    """Write what was measured, and of what."""
-    text = json.dumps({"of": dict(of), REACTIONS: kept[REACTIONS]}, ensure_ascii=False, allow_nan=False)
+def keep_measured(folder: Path, measured: Mapping[str, Any]) -> None:
+    """Write what was measured, and `of` what."""
+    text = json.dumps(dict(measured), ensure_ascii=False, allow_nan=False)
     durable.write(folder / MEASURED, (text + "\n").encode())
 
 
@@ -59,7 +59,7 @@ def read_measured(folder: Path) -> dict[str, Any]:
     Raises:
         RecipeError: there is no such thing.
     """
-    path = folder / MEASURED
+    path = folder / MEASURED if folder.is_dir() else folder.with_name(f"{folder.name}.json")
     try:
         kept = json.loads(
             (path if path.exists() else unfinished(folder) / "steps" / MEASURED).read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def read_measured(folder: Path) -> dict[str, Any]:
         return {"of": dict(kept["of"]), REACTIONS: dict(kept[REACTIONS])}
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(
-            f"measured {str(folder)!r} was not made by `tawny fit`; give a folder that was, which holds a {MEASURED}"
+            f"measured {str(folder)!r} was not made by `tawny fit`; give one that was: a folder holds a {MEASURED}, and beside a GGUF file there is its .json"
         ) from None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["KINDS_TRIED", "PROBE", "SPARSITIES", "UNMEASURED", "Level", "Measures", "levels_tried"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tawny.kinds import KINDS, scaled_kinds
@@ -32,9 +32,9 @@ class Level:
     kind: str = ""
 
 
-def levels_tried() -> list[Level]:
+def levels_tried(kinds: Sequence[str] = KINDS_TRIED, sparsities: Sequence[float] = SPARSITIES) -> list[Level]:
     """Those of a fit, the same of each linear."""
-    return [Level(sparsity, kind) for sparsity in SPARSITIES for kind in KINDS_TRIED]
+    return [Level(sparsity, kind) for sparsity in sparsities for kind in kinds]
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["Limit", "Room", "Target", "check_target", "room_for"]
+__all__ = ["Room", "Target", "check_target", "room_for"]
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
-from tawny.allocation.profile import LinearInfo
-from tawny.choosing.level import KINDS_TRIED, UNMEASURED, Level, Measures, levels_tried
 from tawny.choosing.pace import Pace, ReadPerToken, check_kernels
-from tawny.choosing.packed_size import PackedSize
+from tawny.choosing.sizes import Limit, Sizes
 from tawny.errors import RecipeError
 from tawny.pruning.prepare import Job
 from tawny.run.memory import parse_size
@@ -58,25 +55,6 @@ class Target:
         )
 
 
-class Limit(Protocol):
-    """What linears and head take of what may be spent."""
-
-    @property
-    def rest(self) -> float:
-        """What all else takes, whatever they become."""
-        ...
-
-    def linear(
-        self, info: LinearInfo, level: Level, group: int | None = None, measures: Measures = UNMEASURED
-    ) -> float: ...
-
-    def of_head(self, kind: str | None) -> float: ...
-
-    def of_embedding(self, kind: str | None) -> float:
-        """Of an embedding that shares no weight with the head."""
-        ...
-
-
 @dataclass(frozen=True)
 class Room:
     """What may be spent.
@@ -86,7 +64,7 @@ class Room:
         pace: of a speed.
     """
 
-    sizes: PackedSize
+    sizes: Sizes
     budget: float
     pace: Pace | None = None
 
@@ -101,20 +79,20 @@ class Room:
         return int(self.budget) if self.pace is None else None
 
 
-def room_for(job: Job, target: Target, pace: Callable[[], Pace]) -> Room:
+def room_for(job: Job, target: Target, sizes: Sizes, pace: Callable[[], Pace]) -> Room:
     """
     Args:
+        sizes: of what is written.
         pace: measures the machine, where a speed is asked for.
 
     Raises:
         RecipeError: nothing is that small or that fast; says what is.
     """
-    sizes = PackedSize(job)
     if target.speed is None:
         return Room(sizes, _bytes(job, sizes, target))
     measured = pace()
     room = Room(sizes, measured.budget(target.speed), measured)
-    fastest = measured.bandwidth / smallest(job, room.limit)
+    fastest = measured.bandwidth / smallest(job, room.limit, sizes)
     if target.speed > fastest:
         raise RecipeError(
             f"{job.source} cannot write {target.speed:g} tokens a second on this machine: with the quickest kind in every linear "
@@ -123,19 +101,21 @@ def room_for(job: Job, target: Target, pace: Callable[[], Pace]) -> Room:
     return room
 
 
-def check_target(target: Target, job: Job) -> None:
-    """Refuse what needs no measuring to be refused; raises as `room_for` and `PackedSize` do."""
-    sizes = PackedSize(job)
+def check_target(target: Target, sizes: Callable[[Job], Sizes | None], job: Job) -> None:
+    """Refuse what needs no measuring to be refused; raises as `room_for` and `sizes` do."""
+    known = sizes(job)
+    if known is None:  # they are told by a file that is yet to be made
+        return
     if target.speed is None:
-        _bytes(job, sizes, target)
+        _bytes(job, known, target)
     else:
         check_kernels()
 
 
-def _bytes(job: Job, sizes: PackedSize, target: Target) -> int:
+def _bytes(job: Job, sizes: Sizes, target: Target) -> int:
     asked = target.bytes if target.bits is None else int(target.bits * job.parameters / 8)
     assert asked is not None
-    least = smallest(job, sizes)
+    least = smallest(job, sizes, sizes)
     if asked < least:
         raise RecipeError(
             f"{job.source} cannot be made as small as {size_words(asked)}: linears, head and what stays as it is "
@@ -145,11 +125,11 @@ def _bytes(job: Job, sizes: PackedSize, target: Target) -> int:
     return asked
 
 
-def smallest(job: Job, limit: Limit) -> float:
+def smallest(job: Job, limit: Limit, sizes: Sizes) -> float:
     """The least that a model of these linears takes."""
     ends = (limit.of_head, limit.of_embedding)
-    least = limit.rest + sum(min(of(kind) for kind in (None, *KINDS_TRIED)) for of in ends)
-    return least + sum(min(limit.linear(x, level) for level in levels_tried()) for x in job.linears)
+    least = limit.rest + sum(min(of(kind) for kind in (None, *sizes.ends)) for of in ends)
+    return least + sum(min(limit.linear(x, level) for level in sizes.levels) for x in job.linears)
 
 
 def _up(bits: float) -> str:

@@ -32,9 +32,9 @@ from tawny.calibration.output import watch_gradients
 from tawny.calibration.statistics import Statistics
 from tawny.choosing.demand import role_of
 from tawny.choosing.divergence import Scorer
-from tawny.choosing.level import KINDS_TRIED, PROBE, SPARSITIES, Measures
-from tawny.choosing.packed_size import PackedSize
+from tawny.choosing.level import PROBE, Measures
 from tawny.choosing.rehearsal import HELD_OUT, rehearsing
+from tawny.choosing.sizes import Sizes
 from tawny.choosing.solving import WALK, LevelStore, key_of, level_dtype
 from tawny.errors import NumericalError
 from tawny.evaluation.hidden_states import stream_through
@@ -43,8 +43,6 @@ from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples
 from tawny.model.tensorfile import TensorWriter
-from tawny.packed import format
-from tawny.packed.choice import pack_end
 from tawny.progress import silent
 from tawny.pruning.block import PRUNED, PrunedBlock
 from tawny.pruning.output import End
@@ -52,8 +50,8 @@ from tawny.pruning.prepare import Job
 from tawny.pruning.session import Session
 from tawny.pruning.visitors import samples_of
 from tawny.run.walk import Advance, Block, Visitor, walk, walk_back
-from tawny.solvers.base import Solution, on_grid, reconstruction_error
-from tawny.solvers.grid import ScaledGrid, largest
+from tawny.solvers.base import Solution, energy, on_grid, reconstruction_error
+from tawny.solvers.grid import Grid, ScaledGrid, largest
 from tawny.solvers.wanda import Wanda
 
 Felt = tuple[float, int]  # nats a token, and how many of the tokens the linear multiplied
@@ -86,7 +84,7 @@ def probes_bytes(job: Job) -> int:
 
 
 def measure(
-    session: Session, store: LevelStore, samples: Samples, held_out: Samples
+    session: Session, sizes: Sizes, store: LevelStore, samples: Samples, held_out: Samples
 ) -> tuple[dict[str, Measures], Tensor]:
     """Step 1, and the probes into the store.
 
@@ -98,7 +96,7 @@ def measure(
     """
     rehearsal = rehearsing(session, samples)
     given = {**samples_of(rehearsal), HELD_OUT: held_out}
-    rounding = _Round(rehearsal, store)
+    rounding = _Round(rehearsal, sizes, store)
     streams = walk(
         session.run,
         session.job.stack,
@@ -117,8 +115,8 @@ def measure(
 class _Round(Visitor):
     """Measures the errors of each linear, and puts its probe into the store; blocks stay dense."""
 
-    def __init__(self, session: Session, store: LevelStore) -> None:
-        self.session, self.store = session, store
+    def __init__(self, session: Session, sizes: Sizes, store: LevelStore) -> None:
+        self.session, self.sizes, self.store = session, sizes, store
         self.errors: dict[str, Any] = {}
 
     def begin(self, kept: Mapping[str, Any]) -> None:
@@ -135,42 +133,45 @@ class _Round(Visitor):
         with writing(path), TensorWriter(path, specs) as writer:
             for stage, statistics in dense.stages():
                 for linear in stage.linears:
-                    self.errors[linear.name], probe_OI = _rounded(dense, linear, statistics)
+                    self.errors[linear.name], probe_OI = _rounded(dense, self.sizes, linear, statistics)
                     writer.write(key_of(linear, PROBED), probe_OI.to(store.dtype).cpu())
 
 
 def _rounded(
-    block: PrunedBlock, linear: Linear, statistics: Mapping[str, Statistics]
+    block: PrunedBlock, sizes: Sizes, linear: Linear, statistics: Mapping[str, Statistics]
 ) -> tuple[dict[str, Any], Tensor]:
     """The errors of one linear, and its probe."""
-    job, values = block.job, block.job.recipe.values
+    job = block.job
     W_OI = job.stack.weight(linear)
     known = block.known(linear, statistics.get(linear.name))
     assert known is not None and known.hessian is not None
     H_II = known.hessian
     W_RI = W_OI[:: max(1, linear.shape[0] // _ROWS)].contiguous()
 
-    def rounded(W: Tensor, kind: str) -> Tensor:
+    def rounded(W: Tensor, grid: Grid) -> Tensor:
         kept = torch.ones_like(W, dtype=torch.bool)
-        return on_grid(Solution(W, kept), values.grid(kind).suiting(W_OI), known).weight
+        return on_grid(Solution(W, kept), grid.suiting(W_OI), known).weight
 
     block.session.run.progress.detail(f"rounding {linear.name}", 0, 0)
     bits, rounds = {}, {}
-    for kind in KINDS_TRIED:
-        rounded_RI = rounded(W_RI, kind)
-        bits[kind] = reconstruction_error(W_RI, rounded_RI, H_II)
+    probe = ScaledGrid(KINDS[PROBE].grid, KINDS[PROBE].span(None))
+    grids = {kind: sizes.grid(kind, linear.shape[1]) for kind in sizes.kinds} | {PROBE: probe}
+    whole = energy(W_RI, H_II)
+    for kind, grid in grids.items():
+        rounded_RI = rounded(W_RI, grid)
+        bits[kind] = reconstruction_error(W_RI, rounded_RI, H_II, whole=whole)
         rounds[kind] = float((rounded_RI == 0).float().mean())
     zeros = {
         str(share): reconstruction_error(W_RI, Wanda().solve(W_RI, known, job.pattern, share).weight, H_II)
-        for share in SPARSITIES
+        for share in sizes.sparsities
         if share
     }
-    probe_OI = rounded(W_OI, PROBE)
+    probe_OI = rounded(W_OI, probe)
     had = int((W_OI == 0).sum())
-    grid = ScaledGrid(KINDS[PROBE].grid, KINDS[PROBE].span(None)).suiting(W_OI)
-    ends_OS = largest(W_OI, grid).abs()
+    probe = probe.suiting(W_OI)
+    ends_OS = largest(W_OI, probe).abs()
     low_O = ends_OS.where(ends_OS > 0, torch.inf).amin(1)
-    far = grid.long or bool((ends_OS.amax(1) > _APART * low_O).any())
+    far = probe.long or bool((ends_OS.amax(1) > _APART * low_O).any())
     return {"bits": bits, "zeros": zeros, "had": had, "far": far, "rounds": rounds}, probe_OI
 
 
@@ -253,7 +254,7 @@ def in_nats(felt: Mapping[str, Felt], lost: Mapping[str, float]) -> dict[str, fl
 
 
 @torch.no_grad()
-def react_ends(session: Session, size: PackedSize, scorer: Scorer) -> dict[str, dict[str, float]]:
+def react_ends(session: Session, size: Sizes, scorer: Scorer) -> dict[str, dict[str, float]]:
     """Step 4: the divergence with the head rounded to each kind, and with an embedding of its own; nats a token.
 
     A kind of the `head` is that of an embedding which is tied to it, too.
@@ -261,16 +262,16 @@ def react_ends(session: Session, size: PackedSize, scorer: Scorer) -> dict[str, 
     stack, samples = session.job.stack, scorer.held_out
     lost: dict[str, dict[str, float]] = {"head": {}, "embedding": {}}
     names = {"head": size.head, "embedding": size.embedding}
-    kinds = len(KINDS_TRIED) * sum(name is not None for name in names.values())
+    kinds = len(size.ends) * sum(name is not None for name in names.values())
     session.run.progress.phase("rounding head and embedding", kinds, "kinds")
     stack.logits(samples.tokens[:1, :1], scorer.hidden[:1, :1])  # a head of its own is read now
     for end, name in names.items():
         module: Any = None if name is None else stack.model.get_submodule(name)
-        for kind in () if module is None else KINDS_TRIED:
+        for kind in () if module is None else size.ends:
             lost[end][kind] = math.inf  # a model that breaks down is not chosen
             with suppress(NumericalError):
                 W = module.weight.detach()
-                rounded = format.unpack(pack_end(W, kind, str(name)), W.dtype).to(W.device)
+                rounded = size.rounded_end(W, kind, str(name))
                 hidden = scorer.hidden
                 if end == "embedding" or size.tied:
                     hidden = _through(session, samples, size.tied or name, rounded)

@@ -16,14 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from tawny.allocation.profile import LinearInfo
 from tawny.choosing.level import SPARSITIES, UNMEASURED, Level, Measures, levels_tried
-from tawny.choosing.packed_size import PackedSize
+from tawny.choosing.sizes import Limit
 from tawny.errors import MissingFeature
 from tawny.kernels import native
 from tawny.packed import format
@@ -164,7 +164,8 @@ def _least(work: Callable[[], Any]) -> float:
     return min(seconds)
 
 
-class ReadPerToken:
+@final
+class ReadPerToken(Limit):
     """What each token reads, in bytes at the pace of memory; the same questions as those to a `PackedSize`.
 
     All experts count, because which ones a token takes is not known before.
@@ -172,7 +173,7 @@ class ReadPerToken:
 
     rest = 0.0
 
-    def __init__(self, sizes: PackedSize, pace: Pace) -> None:
+    def __init__(self, sizes: Limit, pace: Pace) -> None:
         self._sizes, self._pace = sizes, pace
 
     def linear(

@@ -13,13 +13,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tawny.allocation.profile import LinearInfo
-from tawny.choosing.level import UNMEASURED, Level, Measures
+from tawny.choosing.level import KINDS_TRIED, SPARSITIES, UNMEASURED, Level, Measures
+from tawny.choosing.sizes import Sizes
 from tawny.errors import ModelError
 from tawny.kinds import KINDS
 from tawny.model.checkpoint import Checkpoint
@@ -27,18 +28,20 @@ from tawny.model.linears import is_plain
 from tawny.model.shards import SHARD_BYTES
 from tawny.model.tensorfile import NAMES
 from tawny.packed import format
+from tawny.packed.choice import pack_end
 from tawny.packed.folder import PackedLinearEntry
 from tawny.packed.install import ends_of, table_of
 from tawny.patterns import removed_count
 from tawny.pruning.prepare import Job
-from tawny.solvers.grid import ACCIDENTS
+from tawny.solvers.grid import ACCIDENTS, Grid
 
 _SHARD = "packed-00001-of-00001.safetensors"
 _NEARLY = 0.85  # a solve moves the share of zeros that rounding makes
 _REST = 2048  # metadata, shards, and the padding of headers
 
 
-class PackedSize:
+@final
+class PackedSize(Sizes):
     """Bytes of the files that packing a model makes, by what its linears and its head become.
 
     Args:
@@ -55,7 +58,11 @@ class PackedSize:
         rest: bytes of all that is the same whatever linears and head become.
     """
 
+    kinds = ends = KINDS_TRIED
+    sparsities = SPARSITIES
+
     def __init__(self, job: Job) -> None:
+        self._values = job.recipe.values
         checkpoint, model = job.stack.checkpoint, job.stack.model
         assert checkpoint is not None
         units = {target: unit for unit in checkpoint.units for target in unit.targets}
@@ -104,6 +111,12 @@ class PackedSize:
         self._table_shape = _shape(checkpoint, self._table)
         self.head_numel = math.prod(self._head_shape)
         self.embedding_numel = math.prod(self._table_shape)
+
+    def grid(self, kind: str, width: int) -> Grid:
+        return self._values.grid(kind)
+
+    def rounded_end(self, W_OI: Tensor, kind: str, name: str) -> Tensor:
+        return format.unpack(pack_end(W_OI, kind, name), W_OI.dtype).to(W_OI.device)
 
     def linear(
         self, info: LinearInfo, level: Level, group: int | None = None, measures: Measures = UNMEASURED

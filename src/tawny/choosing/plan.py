@@ -22,6 +22,7 @@ from tawny.choosing.measuring import few_bits, probes_bytes
 from tawny.choosing.pace import measured_pace
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
+from tawny.choosing.sizes import Sizes
 from tawny.choosing.table import Finalist, Table
 from tawny.errors import RecipeError
 from tawny.kinds import KINDS
@@ -105,7 +106,11 @@ def plan_fit(
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
     known = None if measured is None else Measured.kept_in(read_measured(Path(measured)))
     job = prepare(recipe, source, progress, recipe.device)
-    room = room_for(job, target, lambda: measured_pace(job.linears, progress))
+    if settings.to != "packed":
+        raise RecipeError(
+            "a plan knows what a packed folder takes, not a GGUF file: leave --to out, or run the fit"
+        )
+    room = room_for(job, target, PackedSize(job), lambda: measured_pace(job.linears, progress))
     if known is not None and set(known.measures) != {x.name for x in job.linears}:
         raise RecipeError(f"what {measured} holds was measured of another model than {source}")
     table = Table(job, room, known or _alike(job, room.sizes))
@@ -129,7 +134,7 @@ def plan_fit(
         parameters=job.parameters,
         asked=asdict(target),
         budget=room.file_bytes,
-        smallest=int(smallest(job, room.sizes)),
+        smallest=int(smallest(job, room.sizes, room.sizes)),
         kinds=[_kind(table, kind) for kind in KINDS_TRIED],
         chosen=_chosen(job, room.sizes, best),
         expected=None if known is None else best.expected,
@@ -142,7 +147,7 @@ def plan_fit(
     )
 
 
-def _alike(job: Job, sizes: PackedSize) -> Measured:
+def _alike(job: Job, sizes: Sizes) -> Measured:
     """As if every weight mattered alike."""
     zeros = {str(share): _ZEROS[share] for share in SPARSITIES if share}
     bits = {kind: KINDS[kind].error for kind in KINDS_TRIED}
@@ -162,7 +167,7 @@ def _kind(table: Table, kind: str) -> dict[str, Any]:
     return {"kind": kind, "bytes": uniform.bytes, "fits": uniform.takes <= table.room.budget}
 
 
-def _chosen(job: Job, sizes: PackedSize, best: Finalist) -> dict[str, Any]:
+def _chosen(job: Job, sizes: Sizes, best: Finalist) -> dict[str, Any]:
     shares: Counter[str] = Counter()
     zeros = 0.0
     for x in job.linears:

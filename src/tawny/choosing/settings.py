@@ -7,7 +7,7 @@ __all__ = ["FAMILIES", "FitSettings", "SearchSettings", "own_keys", "recipe_of_f
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -111,18 +111,28 @@ class FitSettings:
             embedding and its first blocks where little text has come before.
         budget: time such as 20m in which the choice is refined by measured divergence; then another run need not give the
             same bytes. With it, more `windows` pay.
+        to: what is written: a `packed` folder, or one `gguf` file.
+        kinds: types of the GGUF file, with commas between; all that Tawny solves for where none is named.
+        template: a whole GGUF file of the model, whose keys and other tensors are kept.
     """
 
     windows: Count = 8
     deciding: Annotated[int, Field(ge=2)] = 32
     length: Annotated[int, Field(ge=2)] = 256
     budget: str | float | None = None
+    to: Literal["packed", "gguf"] = "packed"
+    kinds: str = ""
+    template: str | None = None
 
     @classmethod
     def make(cls, base: FitSettings | None = None, /, **keys: Any) -> FitSettings:
         """As `SearchSettings.make`."""
         settings = _validated(cls, "fit", base, keys)
-        _ = settings.seconds
+        timed = settings.seconds is not None
+        if settings.to == "gguf" and timed:
+            raise RecipeError("fit.budget refines packed folders; leave it out with --to gguf")
+        if settings.to == "packed" and (settings.kinds or settings.template):
+            raise RecipeError("--kinds and --template belong to a GGUF file: give --to gguf with them")
         return settings
 
     @property

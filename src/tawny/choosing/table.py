@@ -12,10 +12,11 @@ from itertools import product
 from tawny.allocation.knapsack import choose
 from tawny.allocation.profile import LinearInfo
 from tawny.choosing.kept import Measured
-from tawny.choosing.level import KINDS_TRIED, Level, levels_tried
-from tawny.choosing.limit import Limit, Room
+from tawny.choosing.level import Level
+from tawny.choosing.limit import Room
+from tawny.choosing.sizes import Limit
 from tawny.errors import RecipeError
-from tawny.kinds import KINDS
+from tawny.kinds import solved_kind
 from tawny.pruning.prepare import Job
 
 ZEROS_GAIN = 0.03  # of the expected divergence; less is no more than chance (docs/log/fit.md)
@@ -58,7 +59,7 @@ class Finalist:
 
 def _coarser(kind: str, group: int | None) -> float:
     """Times the error that the kind has in its usual groups, which is what was measured."""
-    usual = KINDS[kind].span(None)
+    usual = solved_kind(kind).span(None)
     return 1.0 if group is None or usual is None else _DOUBLED ** math.log2(group / usual)
 
 
@@ -66,7 +67,7 @@ class Table:
     """What each level of each linear costs and takes, and of head and embedding."""
 
     def __init__(self, job: Job, room: Room, measured: Measured) -> None:
-        self.job, self.linears, self.every = job, job.linears, levels_tried()
+        self.job, self.linears, self.every = job, job.linears, room.sizes.levels
         self.room, self.limit, self.measured = room, room.limit, measured
         self.costs = [[self.cost(x.name, level) for level in self.every] for x in self.linears]
         self.takes = [[self._takes(self.limit, x, level) for level in self.every] for x in self.linears]
@@ -128,9 +129,9 @@ class Table:
             (self._lost_by_ends(*kinds), self._ends(self.limit, *kinds), kinds)
             for kinds in product(self.heads, [None, *self.measured.embedding])
         ]
-        for kind in KINDS_TRIED:
+        for kind in self.room.sizes.kinds:
             of = dict.fromkeys((x.name for x in self.linears), Level(0.0, kind))
-            for group in KINDS[kind].groups:
+            for group in solved_kind(kind).groups:
                 plain = self.finalist("", of, group, None)
                 linears = plain.takes - self._ends(self.limit, None, None)
                 for lost, takes, kinds in ends:
@@ -139,8 +140,9 @@ class Table:
         if not fitting:
             return None
         _, _, plain, (head, embedding) = min(fitting, key=lambda each: each[:2])
-        columns = "rows" if plain.group is None else f"groups of {plain.group}"
-        named = f"uniform {plain.uniform} in {columns}, head {head or 'as it is'}"
+        columns = " in rows" if plain.group is None else f" in groups of {plain.group}"
+        columns *= len(solved_kind(plain.uniform or "").groups) > 1
+        named = f"uniform {plain.uniform}{columns}, head {head or 'as it is'}"
         named += f", embedding {embedding}" if embedding else ""
         return self.finalist(named, plain.levels, plain.group, head, embedding)
 

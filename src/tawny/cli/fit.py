@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import RECIPE, Aim, Memory, Model, Out, StartOver, option
+from tawny.cli.options import RECIPE, Aim, Memory, Model, Out, StartOver, option, path_named
 from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
 from tawny.report.frames import Result, Shown, facts, parts
 from tawny.report.view import finalists, fit_facts
@@ -14,7 +16,7 @@ from tawny.words import duration, percent, size
 @recipe_verb(
     "tawny fit smollm2 --bits 4.5 --out fitted --calibration wiki --samples 16 --seqlen 1024",
     "tawny fit ./model --size 700MB --out fitted --memory 6GB --budget 20m",
-    "tawny fit ./model --speed 20 --out fitted -m sparsegpt -o fit.deciding=64",
+    "tawny fit ./model --size 700MB --to gguf --out small.gguf -m sparsegpt",
     without=CHOSEN_BY_FIT,
 )
 def fit(
@@ -28,17 +30,34 @@ def fit(
         "Refine by measured KL for this time, such as 20m; the result may then differ from run to run.",
         RECIPE,
     ),
+    to: str = option(
+        "--to TARGET",
+        "packed, a folder for Tawny's own decoder; gguf, one file for llama.cpp, Ollama and LM Studio.",
+        RECIPE,
+        default="packed",
+    ),
+    kinds: str | None = option(
+        "--kinds LIST",
+        "Of gguf: the types that tensors may get, such as q4_k,q5_k,q6_k. Default: all that Tawny solves for.",
+        RECIPE,
+    ),
+    template: Path | None = option(
+        "--template FILE",
+        "Of gguf: whole file of the model, of any architecture, whose keys and other tensors are kept.",
+        RECIPE,
+        parser=path_named,
+    ),
     out: Out,
     memory: Memory = None,
     overwrite: StartOver = False,
 ) -> None:
-    """Make the best packed model of a size or speed: bits, and zeros where they pay, are chosen for each linear of MODEL.
+    """Make the best model of a size or speed: bits, and zeros where they pay, are chosen for each linear of MODEL.
 
     What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length. With --budget, more fit.windows pay.
     """
     recipe, own = given.of_fit(console.note)
-    if budget is not None:
-        own = {"budget": budget} | own
+    named = {"budget": budget, "to": to, "kinds": kinds, "template": template and str(template)}
+    own = {key: value for key, value in named.items() if value is not None} | own
     with console.progress() as progress:
         keys = {**vars(aim), **{f"fit.{key}": value for key, value in own.items()}}
         fitted = tawny.fit(
@@ -57,11 +76,14 @@ def fit_tables(fitted: Result) -> list[Shown]:
         low, high = speed["quartiles"]
         reached = f"{speed['measured']:.1f} tokens a second (quartiles {low:.1f} to {high:.1f})"
         rows.append(("speed", f"{reached}, asked for {speed['asked']:g}"))
+    written = f"{fitted['out']}; fit.png shows bits and zeros, fit.json all that was measured"
+    if fitted["settings"]["to"] == "gguf":
+        written = f"{fitted['out']}; its card ends in .md, and all that was measured in .json"
     rows += [
         *(row for row in fit_facts(fitted) if row[0] not in ("asked for", "chosen")),
         ("time", f"{duration(fitted['seconds']['total'])}{parts(fitted['seconds'], 'total', duration)}"),
         ("peak memory", size(fitted["peak_memory"])),
-        ("written", f"{fitted['out']}; fit.png shows bits and zeros, fit.json all that was measured"),
+        ("written", written),
     ]
     return [
         finalists(fitted),

@@ -5,7 +5,16 @@
 
 from __future__ import annotations
 
-__all__ = ["PROFILE_TOKENS", "Job", "demand_of", "notices", "output_count", "prepare", "profile_count"]
+__all__ = [
+    "PROFILE_TOKENS",
+    "Job",
+    "check_widths",
+    "demand_of",
+    "notices",
+    "output_count",
+    "prepare",
+    "profile_count",
+]
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -189,7 +198,7 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         check_writable(chosen)
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
         if recipe.values.names and recipe.values.names[0] in GGUF_KINDS:
-            _check_widths(chosen)
+            check_widths(chosen)
         if isinstance(pattern, NM):
             _check_grids(recipe, pattern, {linear.shape[1] for linear in chosen})
     couplings: list[list[Coupling]] = []
@@ -211,7 +220,7 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
     )
 
 
-def _check_widths(linears: Sequence[Linear]) -> None:
+def check_widths(linears: Sequence[Linear]) -> None:
     """Refuse a linear that no type of GGUF files takes."""
     for linear in linears:
         if not fitting("q8_0", linear.shape[1]):

@@ -312,6 +312,7 @@ def reconstruction_error(
     H_II: Tensor,
     *,
     lost: float | None = None,
+    whole: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> float:
     """tr((W − W')H(W − W')ᵀ) / tr(WHWᵀ): the share of the output's energy that pruning destroyed.
@@ -319,12 +320,13 @@ def reconstruction_error(
     Args:
         W_OI, pruned_OI: dense and pruned weight, float32.
         H_II: `XᵀX` of the linear's inputs, float32.
-        lost: the first trace, if it is known already.
+        lost, whole: the two traces, if they are known already.
         dtype: what products are taken in where that changes no more than the third digit (see `energy`).
     """
     if lost is None:
         lost = energy(W_OI - pruned_OI, H_II)
-    whole = energy(W_OI, H_II, dtype if _holds(dtype, W_OI) else torch.float32)
+    if whole is None:
+        whole = energy(W_OI, H_II, dtype if _holds(dtype, W_OI) else torch.float32)
     if whole <= 0:
         return 0.0 if lost <= 0 else float("inf")
     return max(lost, 0.0) / whole

@@ -1,0 +1,201 @@
+"""What a fit writes: a packed folder, or one GGUF file. Each is made, weighed and delivered here; a new one is an entry of FORMS."""
+
+from __future__ import annotations
+
+__all__ = ["FORMS", "Form"]
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, final
+
+from tawny.choosing.fitted import Fitted
+from tawny.choosing.fitted import deliver as deliver_packed
+from tawny.choosing.gguf_card import gguf_card
+from tawny.choosing.gguf_size import GGUFSize, kinds_named
+from tawny.choosing.packed_size import PackedSize
+from tawny.choosing.settings import FitSettings
+from tawny.choosing.sizes import Sizes
+from tawny.errors import ModelError, OutputError, RecipeError
+from tawny.exporting.gguf import export_gguf
+from tawny.exporting.template import Matrices, Template
+from tawny.exporting.through import export_through
+from tawny.model.checkpoint import file_bytes
+from tawny.model.source import gguf_behind
+from tawny.model.streams import Samples
+from tawny.packed import format
+from tawny.packed.folder import INDEX
+from tawny.pruning.packing import prune_and_pack
+from tawny.pruning.prepare import Job
+from tawny.pruning.run import prune
+from tawny.pruning.session import Session
+from tawny.recipe.schema import Recipe
+from tawny.record import finite
+from tawny.report.pages import write_beside
+from tawny.run.place import accepts_checkpoint
+
+
+class Form(Protocol):
+    """The interface.
+
+    Attributes:
+        version: what measures belong to, beside model, recipe and text.
+    """
+
+    version: ClassVar[Mapping[str, Any]]
+
+    def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
+        """Raise an OutputError unless `out` is free, or may be replaced."""
+        ...
+
+    def known(self, job: Job) -> Sizes | None:
+        """What is known of sizes before any work; None where a file tells them that is yet to be made."""
+        ...
+
+    def sizes(self, session: Session, settings: FitSettings) -> Sizes: ...
+
+    def make(
+        self,
+        session: Session,
+        sizes: Sizes,
+        samples: Samples,
+        folder: Path,
+        recipe: Recipe,
+        *,
+        memory: str | int | None,
+        tokenizer: Any,
+    ) -> int:
+        """Make the model of a recipe, unless it is there; returns the bytes of its files.
+
+        Args:
+            samples: to calibrate on where tokens were given, and no text.
+            folder: what it is compared by.
+        """
+        ...
+
+    def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
+        """Make what was made in a folder the output."""
+        ...
+
+
+@final
+class Packed(Form):
+    """A folder for Tawny's own decoder."""
+
+    version = {"packed format": format.VERSION}
+
+    def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
+        accepts_checkpoint(out, overwrite, continued)
+
+    def known(self, job: Job) -> Sizes | None:
+        return PackedSize(job)
+
+    def sizes(self, session: Session, settings: FitSettings) -> Sizes:
+        return PackedSize(session.job)
+
+    def make(
+        self,
+        session: Session,
+        sizes: Sizes,
+        samples: Samples,
+        folder: Path,
+        recipe: Recipe,
+        *,
+        memory: str | int | None,
+        tokenizer: Any,
+    ) -> int:
+        source = session.job.folder
+        assert source is not None
+        if not folder.exists():
+            prune_and_pack(
+                source,
+                folder,
+                recipe=recipe,
+                progress=session.run.progress,
+                memory=memory,
+                tokenizer=tokenizer,
+                calibration=samples if session.held_out is None else None,
+            )
+        return file_bytes(folder) + (folder / INDEX).stat().st_size
+
+    def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
+        deliver_packed(session, fitted, folder, measured)
+
+
+@final
+class GGUF(Form):
+    """One file for llama.cpp, Ollama and LM Studio."""
+
+    version = {"format": "gguf"}
+
+    def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
+        if out.suffix != ".gguf":
+            raise OutputError(f"{out} is no name of a GGUF file; give --out a name such as {out}.gguf")
+        if out.is_dir() or (out.exists() and not overwrite):
+            raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+
+    def known(self, job: Job) -> Sizes | None:
+        return None
+
+    def sizes(self, session: Session, settings: FitSettings) -> Sizes:
+        return GGUFSize(session.job, _template(session, settings), kinds_named(settings.kinds))
+
+    def make(
+        self,
+        session: Session,
+        sizes: Sizes,
+        samples: Samples,
+        folder: Path,
+        recipe: Recipe,
+        *,
+        memory: str | int | None,
+        tokenizer: Any,
+    ) -> int:
+        source = session.job.folder
+        assert source is not None and isinstance(sizes, GGUFSize)
+        if not folder.exists():
+            prune(
+                source,
+                folder,
+                recipe=recipe,
+                progress=session.run.progress,
+                memory=memory,
+                tokenizer=tokenizer,
+                calibration=samples if session.held_out is None else None,
+            )
+        file = folder.with_suffix(".gguf")
+        if not file.exists():
+            export_through(folder, file, template=sizes.template, progress=session.run.progress)
+        return file.stat().st_size
+
+    def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
+        place = session.place
+        assert place is not None
+        facts = finite(fitted.to_dict())
+        text = json.dumps(facts | dict(measured), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        place.deliver(folder.with_suffix(".gguf"))
+        write_beside(place.out.with_name(f"{place.out.name}.json"), text)
+        write_beside(place.out.with_name(f"{place.out.name}.md"), gguf_card(facts))
+
+
+FORMS: dict[str, Form] = {"packed": Packed(), "gguf": GGUF()}
+
+
+def _template(session: Session, settings: FitSettings) -> Template:
+    """The file whose keys are kept: the one that was named, the source itself, or one that is made of it."""
+    job, place = session.job, session.place
+    assert place is not None and job.folder is not None
+    given = gguf_behind(job.source if settings.template is None else settings.template)
+    if given is None and settings.template is not None:
+        raise RecipeError(f"--template {settings.template}: expected a GGUF file")
+    matrices, progress = Matrices.of(job.folder), session.run.progress
+    if given is not None:
+        try:
+            return Template.of(given, matrices.checkpoint, matrices.model, matrices.names, progress)
+        except ModelError:
+            if settings.template is not None:
+                raise
+    made = place.steps / "template.gguf"
+    if not made.exists():
+        export_gguf(job.source, made, progress=progress)
+    return Template.of(made, matrices.checkpoint, matrices.model, matrices.names, progress)

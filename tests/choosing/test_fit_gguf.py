@@ -1,0 +1,137 @@
+"""`tawny.fit` to a GGUF file."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import pytest
+import torch
+
+import tawny
+from tawny.errors import OutputError, RecipeError, UserError
+from tawny.gguf_kinds import GGUF_KINDS
+from tests.exporting.test_gguf import WORDS, words  # noqa: F401
+from tests.tiny import tiny_model, tokens
+
+SHAPE = {
+    "vocab_size": WORDS,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+KEYS = {
+    "solver": "sparsegpt",
+    "calibration": tokens(24, 24),
+    "fit.windows": 2,
+    "fit.deciding": 4,
+    "to": "gguf",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, words):  # noqa: F811
+    """A folder, and the whole GGUF file of it."""
+    folder = tmp_path_factory.mktemp("model") / "dense"
+    tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(folder)
+    whole = folder.with_name("whole.gguf")
+    tawny.export(folder, whole, tokenizer_from=words)
+    return folder, whole
+
+
+@pytest.fixture(scope="module")
+def fitted(model, tmp_path_factory):
+    folder, whole = model
+    out = tmp_path_factory.mktemp("fitted") / "small.gguf"
+    return tawny.fit(folder, out, bits=4.6, template=whole, **KEYS), out
+
+
+def test_a_file_is_of_the_size_that_was_asked_for(fitted):
+    told, out = fitted
+    assert out.stat().st_size == told.bytes <= told.budget
+    assert told.bytes > 0.97 * told.budget
+    assert not out.with_name("small.gguf.partial").exists()
+
+
+def test_tensors_have_the_types_that_were_chosen_and_keys_are_kept(fitted, model):
+    told, out = fitted
+    made, whole = gguf.GGUFReader(str(out)), gguf.GGUFReader(str(model[1]))
+    kept = set(whole.fields) - {"general.file_type", "general.quantization_version", "GGUF.tensor_count"}
+    for key in kept:
+        assert made.fields[key].contents() == whole.fields[key].contents()
+    types = {tensor.name: tensor.tensor_type.name for tensor in made.tensors}
+    assert list(types) == [tensor.name for tensor in whole.tensors]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, chosen in told.linears.items():
+        kind = GGUF_KINDS[chosen["kind"]]
+        assert types[names.get_name(f"{name}.weight", try_suffixes=(".weight",))] == kind.type
+
+
+def test_what_is_told_of_the_file_is_what_the_file_does(fitted, model):
+    told, out = fitted
+    facts = json.loads(out.with_name("small.gguf.json").read_text())
+    assert facts["bytes"] == told.bytes and facts["winner"] == told.winner
+    card = out.with_name("small.gguf.md").read_text()
+    assert "nats a token" in card and "ollama create small" in card and f"{told.bits:.3f} bits" in card
+    row = next(x for x in told.finalists if x["name"] == told.winner)
+    agreed = tawny.agreement(out, model[0], tokens(6, 24, seed=5), compute="float32")
+    assert agreed.kl < 4 * row["kl"] + 0.05 and agreed.top1 > 0.3
+
+
+def test_another_size_measures_nothing_again(fitted, model, tmp_path, monkeypatch):
+    from tawny.choosing import fit as module
+
+    monkeypatch.setattr(module, "measure", None)
+    folder, whole = model
+    told = tawny.fit(
+        folder,
+        tmp_path / "s.gguf",
+        bits=3.6,
+        template=whole,
+        measured=fitted[1],
+        **KEYS,
+        kinds="q3_k,Q4_K,q2_k,q6_k",
+    )
+    assert {each["kind"] for each in told.linears.values()} <= {"q2_k", "q3_k", "q4_k", "q6_k"}
+    assert told.bytes < fitted[0].bytes
+
+
+def test_a_fit_that_was_stopped_ends_with_the_same_bytes(fitted, model, tmp_path, monkeypatch):
+    from tawny.choosing import forms as module
+
+    folder, whole = model
+    through = module.export_through
+
+    def stopped(*args, **keys):
+        through(*args, **keys)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "export_through", stopped)
+    with pytest.raises((KeyboardInterrupt, tawny.errors.Interrupted)):
+        tawny.fit(folder, tmp_path / "small.gguf", bits=4.6, template=whole, **KEYS)
+    assert not (tmp_path / "small.gguf").exists()
+    monkeypatch.setattr(module, "export_through", through)
+    tawny.fit(folder, tmp_path / "small.gguf", bits=4.6, template=whole, **KEYS)
+    assert (tmp_path / "small.gguf").read_bytes() == fitted[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("out", "keys", "error", "says"),
+    [
+        ("small", {}, OutputError, "small is no name of a GGUF file; give --out a name such as .*small.gguf"),
+        ("a.gguf", {"kinds": "q4_k,q9_k"}, RecipeError, "--kinds names 'q9_k'.*types of GGUF files are q8_0"),
+        ("a.gguf", {"bits": 1.0}, RecipeError, "cannot be made as small as .*give --size"),
+        ("a.gguf", {"template": "config.json"}, RecipeError, "--template config.json: expected a GGUF file"),
+        ("a.gguf", {"fit.budget": "1m"}, RecipeError, "fit.budget refines packed folders"),
+        ("a.gguf", {"to": "packed", "kinds": "q4_k"}, RecipeError, "belong to a GGUF file: give --to gguf"),
+        ("a.gguf", {"to": "exl3"}, RecipeError, "fit.to"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(model, tmp_path, out, keys, error, says):
+    with pytest.raises(error, match=says) as caught:
+        tawny.fit(model[0], tmp_path / out, **{"bits": 4.0, "template": model[1], **KEYS, **keys})
+    assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
+    assert not (tmp_path / out).exists()
