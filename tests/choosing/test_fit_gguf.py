@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tawny
-from tawny.errors import OutputError, RecipeError, UserError
+from tawny.errors import CheckpointError, OutputError, RecipeError, UserError
 from tawny.gguf_kinds import GGUF_KINDS
 from tests.exporting.test_gguf import WORDS, words  # noqa: F401
 from tests.tiny import tiny_model, tokens
@@ -135,3 +135,31 @@ def test_what_cannot_be_is_refused_in_one_line(model, tmp_path, out, keys, error
         tawny.fit(model[0], tmp_path / out, **{"bits": 4.0, "template": model[1], **KEYS, **keys})
     assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
     assert not (tmp_path / out).exists()
+
+
+def test_a_file_and_its_card_are_pushed(fitted, monkeypatch, tmp_path):
+    import shutil
+
+    import huggingface_hub
+
+    from tawny.report.push import push
+    from tests.report.test_push import Hub
+
+    hub = Hub()
+    hub.calls = []
+    hub.upload_file = lambda **keys: hub.calls.append(("file", keys))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    listed = push(fitted[1], "someone/small", dry_run=True)
+    assert listed.files[fitted[1].name] == fitted[0].bytes and "README.md" in listed.files
+    push(fitted[1], "someone/small")
+    said = next(call[1] for call in hub.calls if call[0] == "file")
+    assert said["path_in_repo"] == "README.md" and said["path_or_fileobj"].endswith("small.gguf.md")
+    for path in fitted[1].parent.iterdir():
+        shutil.copy(path, tmp_path)
+    with (tmp_path / "small.gguf").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match=r"is not the file that its \.json describes"):
+        push(tmp_path / "small.gguf", "someone/small")
+    (tmp_path / "small.gguf.json").unlink()
+    with pytest.raises(CheckpointError, match="only what `tawny fit --to gguf` wrote can be pushed"):
+        push(tmp_path / "small.gguf", "someone/small")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["FORMS", "Form"]
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -171,9 +172,11 @@ class GGUF(Form):
     def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
         place = session.place
         assert place is not None
-        facts = finite(fitted.to_dict())
+        facts, made = finite(fitted.to_dict()), folder.with_suffix(".gguf")
+        with made.open("rb") as file:
+            facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         text = json.dumps(facts | dict(measured), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        place.deliver(folder.with_suffix(".gguf"))
+        place.deliver(made)
         write_beside(place.out.with_name(f"{place.out.name}.json"), text)
         write_beside(place.out.with_name(f"{place.out.name}.md"), gguf_card(facts))
 

@@ -17,12 +17,15 @@ from tawny.words import size
 @verb(
     "tawny push pruned someone/smollm2-owl-50 --dry-run",
     "tawny push pruned someone/smollm2-owl-50 --private",
-    "tawny push packed someone/smollm2-owl-50-packed --json",
+    "tawny push small.gguf someone/smollm2-small-gguf",
     code=False,
 )
 def push(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder that prune, pack or recover finished.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A folder that prune, pack or recover finished, or a GGUF file of a fit."
+        ),
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
     console: Console,

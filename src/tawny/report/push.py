@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["PushReport", "check_folder", "push"]
 
 import glob
+import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
@@ -54,10 +55,10 @@ def push(
     message: str | None = None,
     progress: Progress = silent,
 ) -> PushReport:
-    """Upload a folder that Tawny finished.
+    """Upload a folder or a GGUF file that Tawny finished.
 
     Args:
-        folder: a folder written by `prune` or `pack`.
+        folder: a folder written by `prune` or `pack`; or the file of a `fit` to GGUF, whose card goes with it.
         repo: `owner/name` on the hub; made if it does not exist.
         dry_run: check and list, without network.
 
@@ -68,8 +69,10 @@ def push(
     folder = Path(folder)
     _check_repo(repo)
     progress.say(f"checking {folder}")
+    if folder.suffix == ".gguf":
+        return _push_file(folder, repo, private, dry_run, message, progress)
     record = check_folder(folder)
-    metadata = _check_card(folder)
+    metadata = _check_card(folder / CARD)
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -77,11 +80,7 @@ def push(
     }
     for name in files:
         check_inside(folder / name, folder)
-    notes = []
-    if not metadata.get("license"):
-        notes.append(
-            f"{CARD} names no license: the base model's holds; add `license:` to the card's first lines"
-        )
+    notes = _missing(metadata)
     if not {"dense", "pruned"} <= set(record.get("evaluation", {})):
         notes.append("the card has no quality numbers: prune with --eval TEXT to measure both models")
     report = PushReport(repo, files, sum(files.values()), private, dry_run, notes)
@@ -89,6 +88,38 @@ def push(
         return report
     url = _upload(folder, repo, list(files), private, message or "Upload a model pruned by Tawny", progress)
     return replace(report, url=url)
+
+
+def _push_file(
+    file: Path, repo: str, private: bool, dry_run: bool, message: str | None, progress: Progress
+) -> PushReport:
+    """A GGUF file, and its card as that of the repository."""
+    card = file.with_name(f"{file.name}.md")
+    try:
+        facts = json.loads(file.with_name(f"{file.name}.json").read_text(encoding="utf-8"))
+        with file.open("rb") as opened:
+            same = hashlib.file_digest(opened, "sha256").hexdigest() == facts["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{file} is not a GGUF file with its .json beside it; only what `tawny fit --to gguf` wrote can be pushed"
+        ) from None
+    if not same:
+        raise CheckpointError(
+            f"{file} is not the file that its .json describes; fit again, or push one that was not changed"
+        )
+    files = {file.name: file.stat().st_size, CARD: card.stat().st_size if card.is_file() else 0}
+    report = PushReport(repo, files, sum(files.values()), private, dry_run, _missing(_check_card(card)))
+    if dry_run:
+        return report
+    said = message or "Upload a GGUF file made by Tawny"
+    url = _upload(file.parent, repo, [file.name], private, said, progress, card=card)
+    return replace(report, url=url)
+
+
+def _missing(metadata: dict[str, Any]) -> list[str]:
+    if metadata.get("license"):
+        return []
+    return [f"{CARD} names no license: the base model's holds; add `license:` to the card's first lines"]
 
 
 def _hidden(path: Path) -> bool:
@@ -145,13 +176,12 @@ def _check_index(folder: Path, found: Collection[str]) -> None:
         weight_paths(folder)  # which refuses an index that names a missing file
 
 
-def _check_card(folder: Path) -> dict[str, Any]:
+def _check_card(path: Path) -> dict[str, Any]:
     """The card's metadata, as the hub would read it."""
     from huggingface_hub import ModelCard
 
-    path = folder / CARD
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {CARD}; the model card is missing")
+        raise CheckpointError(f"{path.parent} has no {path.name}; the model card is missing")
     try:
         text = path.read_text(encoding="utf-8")
         ModelCard(text)
@@ -177,8 +207,18 @@ def _check_repo(repo: str) -> None:
 
 
 def _upload(
-    folder: Path, repo: str, files: list[str], private: bool, message: str, progress: Progress
+    folder: Path,
+    repo: str,
+    files: list[str],
+    private: bool,
+    message: str,
+    progress: Progress,
+    card: Path | None = None,
 ) -> str:
+    """
+    Args:
+        card: of files that other weights may lie beside.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
 
@@ -192,7 +232,9 @@ def _upload(
             )
         # Weights of another layout would be read before those that are uploaded.
         old = [
-            x for x in api.list_repo_files(repo) if "/" not in x and x.endswith(_WEIGHTS) and x not in files
+            x
+            for x in api.list_repo_files(repo)
+            if card is None and "/" not in x and x.endswith(_WEIGHTS) and x not in files
         ]
         api.upload_folder(
             repo_id=repo,
@@ -201,6 +243,10 @@ def _upload(
             delete_patterns=[glob.escape(name) for name in old],
             commit_message=message,
         )
+        if card is not None:
+            api.upload_file(
+                path_or_fileobj=str(card), path_in_repo=CARD, repo_id=repo, commit_message=message
+            )
     except LocalTokenNotFoundError as error:
         raise MissingFeature("the hub does not know who you are: run `hf auth login` first") from error
     except OutputError:
