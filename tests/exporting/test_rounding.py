@@ -128,7 +128,7 @@ def test_every_type_is_written(kind, words, tmp_path):  # noqa: F811
     assert (
         GGUFReader(str(out)).fields["general.file_type"].contents() == kind.file_type == file_type(kind.type)
     )
-    assert report.zeros == kind.zero and any("0 become other numbers" in x for x in said.lines) != kind.zero
+    assert report.zeros == kind.zero
     weights, now = load_file(folder / "model.safetensors"), contents(out)
     down = weights["model.layers.0.mlp.down_proj.weight"]
     off = (now["blk.0.ffn_down.weight"] - down).square().sum() / down.square().sum()

@@ -129,7 +129,7 @@ class Rounding:
         types = self._types(template, progress)
         weights = self._weights(template, types)
         copied, zeros = self._look(types, progress)
-        lost = self._lost(types, copied, zeros, progress)
+        lost = self._lost(types, copied, zeros)
         replaced = {
             name for name in types if name in changed | copied or types[name] != template.kind_of(name)
         }
@@ -209,10 +209,8 @@ class Rounding:
             rows: Rows = read_tensor(file, entry).numpy()
         return rows
 
-    def _lost(
-        self, types: Mapping[str, str], copied: set[str], zeros: Mapping[str, int], progress: Progress
-    ) -> int:
-        """Zeros that become other numbers.
+    def _lost(self, types: Mapping[str, str], copied: set[str], zeros: Mapping[str, int]) -> int:
+        """Zeros that become other numbers; the report counts those that stay.
 
         Raises:
             UserError: they are many.
@@ -228,7 +226,6 @@ class Rounding:
             raise UserError(
                 f"{share:.0%} of the weights are zeros, which {kind} does not hold; give a --type that does: {keeping}"
             )
-        progress.say(f"{lost:,} weights that are 0 become other numbers: {kind} holds no zeros")
         return lost
 
     def _weights(self, template: Template, types: Mapping[str, str]) -> dict[str, Tensor]:
