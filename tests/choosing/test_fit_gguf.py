@@ -118,6 +118,18 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bytes(fitted, model, tmp_path
     assert (tmp_path / "small.gguf").read_bytes() == fitted[1].read_bytes()
 
 
+def test_a_quick_file_is_rounded_and_farther_from_the_dense_model(fitted, model, tmp_path):
+    folder, whole = model
+    quick = tawny.fit(
+        folder, tmp_path / "q.gguf", bits=4.6, template=whole, measured=fitted[1], quick=True, **KEYS
+    )
+    assert quick.bytes == fitted[0].bytes and quick.linears == fitted[0].linears
+    kls = [
+        next(x["kl"] for x in told.finalists if x["name"] == fitted[0].winner) for told in (fitted[0], quick)
+    ]
+    assert kls[0] < kls[1]
+
+
 @pytest.mark.parametrize(
     ("out", "keys", "error", "says"),
     [

@@ -52,9 +52,13 @@ class Judged:
 
 
 def judge_all(
-    session: Session, finalists: Sequence[Finalist], deciding: Tensor, make: Make
+    session: Session, base: Recipe, finalists: Sequence[Finalist], deciding: Tensor, make: Make
 ) -> tuple[list[Judged], list[str]]:
-    """Each finalist made and compared once; a line on each that broke down and takes no part."""
+    """Each finalist made and compared once; a line on each that broke down and takes no part.
+
+    Args:
+        base: recipe of all that is not chosen.
+    """
     place, run = session.place, session.run
     assert place is not None
     judged, broken = [], []
@@ -65,7 +69,7 @@ def judge_all(
                 folder.parent.mkdir(exist_ok=True)
                 if not folder.exists():
                     run.progress.say(f"making {finalist.name} ({size(finalist.bytes)})")
-                taken = make(folder, _recipe_of(session, finalist, folder))
+                taken = make(folder, _recipe_of(session, base, finalist, folder))
                 judging = partial(judge, session, folder, finalist, deciding, taken)
                 row = run.journal.once(f"finalist {number}", judging)
             except NumericalError as error:
@@ -76,9 +80,9 @@ def judge_all(
     return judged, broken
 
 
-def _recipe_of(session: Session, finalist: Finalist, folder: Path) -> Recipe:
+def _recipe_of(session: Session, base: Recipe, finalist: Finalist, folder: Path) -> Recipe:
     """The recipe of a finalist; what its linears get goes into a file beside its folder."""
-    base, ends = session.job.recipe, {"head": finalist.head, "embedding": finalist.embedding}
+    ends = {"head": finalist.head, "embedding": finalist.embedding}
     if finalist.uniform is not None:
         return resolve_recipe(base, values={"kind": finalist.uniform, "group_size": finalist.group, **ends})
     numel = {x.name: x.numel for x in session.job.linears}

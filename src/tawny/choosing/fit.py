@@ -59,6 +59,7 @@ from tawny.pruning.session import (
     open_session,
     text_or_tokens,
 )
+from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.record import finite
 from tawny.run.memory import parse_size
@@ -84,6 +85,7 @@ def fit(
     memory: str | int | None = None,
     measured: str | Path | None = None,
     to: str | None = None,
+    quick: bool | None = None,
     kinds: str | None = None,
     template: str | Path | None = None,
     tokenizer: Any = None,
@@ -107,6 +109,7 @@ def fit(
         memory: peak memory of the whole process that may not be passed.
         measured: the folder or GGUF file of an earlier fit of the same model, recipe and text to another size; what it measured is taken.
         to: `packed` for a folder, `gguf` for one file for llama.cpp, Ollama and LM Studio; its card and what was measured lie beside it.
+        quick: round by best scales under the energy of inputs, and solve nothing: sooner, and farther from the dense model.
         kinds: types that tensors of the GGUF file may get, with commas between.
         template: a whole GGUF file of the model, whose keys and other tensors are kept; needed where `export` has no architecture.
         calibration: tokens `[samples, tokens]`, of which some are held out; or the name or path of a text.
@@ -127,7 +130,7 @@ def fit(
     target = Target.of(size, bits, speed)
     named, given = text_or_tokens(calibration)
     of_recipe, own = own_keys({**named, **keys}, "fit")
-    form = {"to": to, "kinds": kinds, "template": None if template is None else str(template)}
+    form = {"to": to, "quick": quick, "kinds": kinds, "template": None if template is None else str(template)}
     own |= {key: value for key, value in form.items() if value is not None}
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
     earlier = None if measured is None else read_measured(Path(measured))
@@ -231,7 +234,8 @@ def _fit(
     names = "; ".join(each.name for each in finalists)
     session.run.progress.say(f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {names}")
     make = partial(form.make, session, room.sizes, samples, memory=memory, tokenizer=tokenizer)
-    judged, broken = judge_all(session, finalists, deciding, make)
+    base = resolve_recipe(job.recipe, solver="wanda") if settings.quick else job.recipe
+    judged, broken = judge_all(session, base, finalists, deciding, make)
     if not judged:
         raise RecipeError(f"{'; '.join(broken)}: give a larger size, or more calibration; {again}")
     allowed = room.file_bytes or math.inf

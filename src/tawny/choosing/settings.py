@@ -111,6 +111,7 @@ class FitSettings:
             embedding and its first blocks where little text has come before.
         budget: time such as 20m in which the choice is refined by measured divergence; then another run need not give the
             same bytes. With it, more `windows` pay.
+        quick: finalists are rounded by best scales, and not solved: one forward each instead of a prune.
         to: what is written: a `packed` folder, or one `gguf` file.
         kinds: types of the GGUF file, with commas between; all that Tawny solves for where none is named.
         template: a whole GGUF file of the model, whose keys and other tensors are kept.
@@ -120,6 +121,7 @@ class FitSettings:
     deciding: Annotated[int, Field(ge=2)] = 32
     length: Annotated[int, Field(ge=2)] = 256
     budget: str | float | None = None
+    quick: bool = False
     to: Literal["packed", "gguf"] = "packed"
     kinds: str = ""
     template: str | None = None

@@ -30,6 +30,9 @@ def fit(
         "Refine by measured KL for this time, such as 20m; the result may then differ from run to run.",
         RECIPE,
     ),
+    quick: bool = option(
+        "--quick", "Round by best scales and solve nothing: sooner, with a higher KL.", RECIPE, default=False
+    ),
     to: str = option(
         "--to TARGET",
         "packed, a folder for Tawny's own decoder; gguf, one file for llama.cpp, Ollama and LM Studio.",
@@ -56,7 +59,13 @@ def fit(
     What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length. With --budget, more fit.windows pay.
     """
     recipe, own = given.of_fit(console.note)
-    named = {"budget": budget, "to": to, "kinds": kinds, "template": template and str(template)}
+    named = {
+        "budget": budget,
+        "quick": quick or None,
+        "to": to,
+        "kinds": kinds,
+        "template": template and str(template),
+    }
     own = {key: value for key, value in named.items() if value is not None} | own
     with console.progress() as progress:
         keys = {**vars(aim), **{f"fit.{key}": value for key, value in own.items()}}
