@@ -21,11 +21,12 @@ from tawny.choosing.divergence import Reference, Scorer
 from tawny.choosing.fitted import _zeros_told
 from tawny.choosing.kept import Measured
 from tawny.choosing.level import KINDS_TRIED, SPARSITIES, UNMEASURED, Level, Measures
-from tawny.choosing.limit import Room
+from tawny.choosing.limit import Room, Target, room_for
 from tawny.choosing.measuring import ask, few_bits, in_nats
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings
 from tawny.choosing.table import Table
+from tawny.decoding.sequences import bytes_of_text
 from tawny.errors import Interrupted, NumericalError, RecipeError, TextError, UserError
 from tawny.kinds import KINDS
 from tawny.model.streams import Samples
@@ -455,6 +456,22 @@ def test_held_out_text_that_decides_by_one_window_is_too_little(dense, tmp_path)
         TextError, match=r"leaves 2 windows of 12 tokens .* expected 3 or more: give a longer"
     ):
         tawny.fit(dense, tmp_path / "out", bits=9, **{**KEYS, **keys, "calibration": tmp_path / "short.txt"})
+
+
+def test_ram_leaves_what_a_text_and_the_program_do_not_take(dense):
+    job, text = prepared(dense), bytes_of_text(tiny_model("qwen2", dtype=torch.bfloat16, **SHAPE), 64)
+    assert text == 64 * 2 * 2 * SHAPE["num_hidden_layers"] * job.stack.model.config.num_key_value_heads * 16
+    for context, ram in ((64, 600_000_000), (128, 600_000_000 + text)):
+        room = room_for(job, Target.of(None, None, None, ram, context), PackedSize(job), lambda: None)
+        assert room.budget == 100_000_000 - text
+    with pytest.raises(
+        RecipeError, match=r"does not fit into 500 MB: its weights take at least .*; give --ram \d+"
+    ):
+        room_for(job, Target.of(None, None, None, "500MB", 64), PackedSize(job), lambda: None)
+    with pytest.raises(
+        RecipeError, match="context 64 is not possible; expected a number of tokens, together with ram"
+    ):
+        Target.of("1MB", None, None, None, 64)
 
 
 def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):

@@ -78,6 +78,8 @@ def fit(
     size: str | int | None = None,
     bits: float | None = None,
     speed: float | None = None,
+    ram: str | int | None = None,
+    context: int | None = None,
     recipe: Recipe | None = None,
     settings: FitSettings | None = None,
     progress: Progress = silent,
@@ -102,8 +104,9 @@ def fit(
         out: the packed folder to write, or with `fit.to` of `gguf` the file. `allocation.yaml` in it is what was chosen, unless one kind for all linears won; its `recipe.yaml`
             makes it again.
         size: of the weight files and their index, or of the whole GGUF file, such as `700MB`; GB = 10⁹ bytes.
-        bits: the same for each weight of the model, embeddings and head included: 8 × bytes / weights. Give one of the three.
+        bits: the same for each weight of the model, embeddings and head included: 8 × bytes / weights. Give one of the four.
         speed: tokens a second of one sequence, at what this machine's memory and kernels are measured to reach now.
+        ram: memory of the machine that decodes, such as `8GB`: what a text of `context` tokens (4,096) and the program leave of it.
         recipe: of the pruning: solver, calibration, seed. Sparsity, values and allocator are what is chosen.
         settings: what finalists are judged by; `keys` override single entries of both (`**{"fit.deciding": 16}`).
         memory: peak memory of the whole process that may not be passed.
@@ -127,7 +130,7 @@ def fit(
         )
     if started_by_torchrun():
         raise RecipeError("a fit works in one process, and torchrun started several: run it with one")
-    target = Target.of(size, bits, speed)
+    target = Target.of(size, bits, speed, ram, context)
     named, given = text_or_tokens(calibration)
     of_recipe, own = own_keys({**named, **keys}, "fit")
     form = {"to": to, "quick": quick, "kinds": kinds, "template": None if template is None else str(template)}

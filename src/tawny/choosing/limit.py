@@ -1,4 +1,4 @@
-"""What a fit is asked for: bytes, bits a weight, or tokens a second; and what may be spent on it."""
+"""What a fit is asked for: bytes, bits a weight, tokens a second, or a machine's memory; and what may be spent on it."""
 
 from __future__ import annotations
 
@@ -9,49 +9,72 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from tawny.choosing.pace import Pace, ReadPerToken, check_kernels
 from tawny.choosing.sizes import Limit, Sizes
+from tawny.decoding.sequences import bytes_of_text
 from tawny.errors import RecipeError
+from tawny.model.context import check_context
 from tawny.pruning.prepare import Job
 from tawny.run.memory import parse_size
 from tawny.words import size as size_words
 
+CONTEXT = 4096  # tokens of a text, where nobody says
+_PROGRAM = 500_000_000  # 427 MB of interpreter and libraries were measured, and a token's forward takes some
+
 
 @dataclass(frozen=True)
 class Target:
-    """One of the three.
+    """One of the four.
 
     Attributes:
         bytes: of the weight files and their index.
         bits: the same for each weight of the model.
         speed: tokens a second of one sequence on this machine.
+        ram: of the machine that decodes: weights, keys and values of `context` tokens, and the program itself.
     """
 
     bytes: int | None = None
     bits: float | None = None
     speed: float | None = None
+    ram: int | None = None
+    context: int = CONTEXT
 
     @classmethod
-    def of(cls, size: str | int | None, bits: float | None, speed: float | None) -> Target:
+    def of(
+        cls,
+        size: str | int | None,
+        bits: float | None,
+        speed: float | None,
+        ram: str | int | None = None,
+        context: int | None = None,
+    ) -> Target:
         """
         Raises:
             RecipeError: none or several are given, or one that cannot be.
         """
-        given = {"size": size, "bits": bits, "speed": speed}
+        given = {"size": size, "bits": bits, "speed": speed, "ram": ram}
         named = [f"{name} {value}" for name, value in given.items() if value is not None]
         if len(named) != 1:
             raise RecipeError(
-                "say what the model may take: either size (such as 700MB), bits a weight (such as 4.25), or speed (tokens a second)"
-                + (f"; {' and '.join(named)} are several" if named else "")
+                "say what the model may take: either size (such as 700MB), bits a weight (such as 4.25), speed (tokens a second), or ram "
+                "(such as 8GB)" + (f"; {' and '.join(named)} are several" if named else "")
             )
         if bits is not None and not 0 < float(bits) <= 32:
             raise RecipeError(f"bits {bits} is not possible; expected bits a weight in (0, 32], such as 4.25")
         if speed is not None and not 0 < float(speed) < math.inf:
             raise RecipeError(f"speed {speed} is not possible; expected tokens a second above 0, such as 20")
+        if context is not None and (ram is None or context < 1):
+            raise RecipeError(
+                f"context {context} is not possible; expected a number of tokens, together with ram"
+            )
         return cls(
             parse_size(size, "size"),
             None if bits is None else float(bits),
             None if speed is None else float(speed),
+            parse_size(ram, "ram"),
+            context or CONTEXT,
         )
 
 
@@ -113,16 +136,36 @@ def check_target(target: Target, sizes: Callable[[Job], Sizes | None], job: Job)
 
 
 def _bytes(job: Job, sizes: Sizes, target: Target) -> int:
-    asked = target.bytes if target.bits is None else int(target.bits * job.parameters / 8)
-    assert asked is not None
+    if target.ram is not None:
+        asked = target.ram - _beside_weights(job, target.context)
+    elif target.bits is not None:
+        asked = int(target.bits * job.parameters / 8)
+    else:
+        assert target.bytes is not None
+        asked = target.bytes
     least = smallest(job, sizes, sizes)
     if asked < least:
+        if target.ram is not None:
+            needed = target.ram - asked + int(least)
+            raise RecipeError(
+                f"{job.source} does not fit into {size_words(target.ram)}: its weights take at least {size_words(int(least))}, and "
+                f"{target.context:,} tokens and the program {size_words(target.ram - asked)}; give --ram {needed}, or a smaller --context"
+            )
         raise RecipeError(
             f"{job.source} cannot be made as small as {size_words(asked)}: linears, head and what stays as it is "
             f"take at least {size_words(int(least))}; give --size {int(least)} (or --bits {_up(8 * least / job.parameters)}), "
             "or more"
         )
     return asked
+
+
+def _beside_weights(job: Job, context: int) -> int:
+    """What decoding takes beside the weights: keys and values of a text, and the program."""
+    from tawny.model.skeleton import open_skeleton
+
+    assert job.folder is not None
+    check_context(job.stack.model, context)
+    return _PROGRAM + bytes_of_text(open_skeleton(job.folder, torch.bfloat16).to("meta"), context)
 
 
 def smallest(job: Job, limit: Limit, sizes: Sizes) -> float:

@@ -85,6 +85,8 @@ def plan_fit(
     size: str | int | None = None,
     bits: float | None = None,
     speed: float | None = None,
+    ram: str | int | None = None,
+    context: int | None = None,
     recipe: Recipe | None = None,
     settings: FitSettings | None = None,
     memory: str | int | None = None,
@@ -101,7 +103,7 @@ def plan_fit(
     Raises:
         UserError: as `fit` would, for everything that can be known without work.
     """
-    target = Target.of(size, bits, speed)
+    target = Target.of(size, bits, speed, ram, context)
     of_recipe, own = own_keys(keys, "fit")
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
     known = None if measured is None else Measured.kept_in(read_measured(Path(measured)))

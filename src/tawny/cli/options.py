@@ -141,6 +141,18 @@ class Aim:
         float | None,
         shared("--speed RATE", "Tokens a second that this machine is to reach, such as 20.", RECIPE),
     ] = None
+    ram: Annotated[
+        str | None,
+        shared(
+            "--ram SIZE",
+            "Memory of the machine that decodes, such as 8GB, with --context tokens in it.",
+            RECIPE,
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        shared("--context N", "Of --ram: tokens of prompt and text. Default: 4096.", RECIPE),
+    ] = None
     measured: Annotated[
         Path | None,
         shared(

@@ -28,7 +28,7 @@ def plan(
 ) -> None:
     """Show what the same `tawny prune` would do, and what it would take, without doing it.
 
-    With --size, --bits or --speed it is what the same `tawny fit` would do.
+    With --size, --bits, --speed or --ram it is what the same `tawny fit` would do.
     """
     fits = any(value is not None for value in vars(aim).values())
     recipe, own = given.of_fit(console.note) if fits else (given.recipe(), {})
@@ -87,6 +87,8 @@ def _asked_words(plan: Result) -> str:
     if asked["speed"] is not None:
         return f"{asked['speed']:g} tokens a second"
     bits = "" if asked["bits"] is None else f", {asked['bits']:g} bits a weight"
+    if asked["ram"] is not None:
+        bits = f", what {asked['context']:,} tokens and the program leave of {size(asked['ram'])}"
     return f"{size(plan['budget'])}{bits}"
 
 

@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Sequence", "Sequences"]
+__all__ = ["Sequence", "Sequences", "bytes_of_text"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -89,9 +89,8 @@ class Sequences:
 
     def _reserved(self) -> list[list[Tensor]] | None:
         """Keys and values `[count, capacity, heads, dim]` of every layer, as large as one token's show."""
-        probe = Decoder(self.model, 1, quick=False)
-        probe.prefill(torch.ones(1, dtype=torch.long))
-        each = sum(_nbytes(layer, self.capacity) for layer in probe.cache.layers)
+        probe = _probe(self.model)
+        each = _nbytes(probe, self.capacity)
         self.nbytes, free = each * self.count, free_memory()
         if free is not None and each * self.count > free:
             fit = (
@@ -224,8 +223,24 @@ def _keeps_state(model: Any) -> bool:
     return any(key not in other or not torch.equal(value, other[key]) for key, value in one.items())
 
 
-def _nbytes(layer: Any, capacity: int) -> int:
-    """Of the keys and values of a sequence in a layer of a cache that holds one token; a sliding window forgets some."""
-    held = [t for name in ("keys", "values") if (t := getattr(layer, name, None)) is not None]
-    length = min(capacity, getattr(layer, "sliding_window", None) or capacity)
-    return length * sum(int(t.nbytes) for t in held)
+def bytes_of_text(model: Any, tokens: int) -> int:
+    """Of the keys and values of a text of so many tokens; the model may be without weights (on `meta`)."""
+    with torch.inference_mode():
+        return _nbytes(_probe(model), tokens)
+
+
+def _probe(model: Any) -> Decoder:
+    """One that has read a token."""
+    probe = Decoder(model, 1, quick=False)
+    probe.prefill(torch.ones(1, dtype=torch.long, device=model.device))
+    return probe
+
+
+def _nbytes(probe: Decoder, capacity: int) -> int:
+    """Of the keys and values of a sequence, by those of a single token; a sliding window forgets some."""
+    total = 0
+    for layer in probe.cache.layers:
+        held = [t for name in ("keys", "values") if (t := getattr(layer, name, None)) is not None]
+        length = min(capacity, getattr(layer, "sliding_window", None) or capacity)
+        total += length * sum(int(t.nbytes) for t in held)
+    return total
