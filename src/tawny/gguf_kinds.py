@@ -52,6 +52,7 @@ class GGUFKind:
     narrow: str = ""
 
     scaled: ClassVar[bool] = True
+    target: ClassVar[str] = "gguf"
     groups: ClassVar[tuple[int | None, ...]] = (None,)
 
     def span(self, group: int | None) -> int | None:

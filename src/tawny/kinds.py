@@ -7,9 +7,11 @@ make the compiled kernels read it too. Nothing here imports torch before it comp
 from __future__ import annotations
 
 __all__ = [
+    "GPU_KINDS",
     "KINDS",
     "Kind",
     "Solved",
+    "dividing",
     "half_steps",
     "kind_of",
     "names_of",
@@ -72,6 +74,16 @@ class Kind:
     def scaled(self) -> bool:
         """Whether survivors are integers that a scale belongs to."""
         return bool(self.grid)
+
+    @property
+    def target(self) -> str:
+        """What holds it, as `tawny fit --to` calls that."""
+        return "compressed-tensors" if self.storage == "int32" else "packed"
+
+    @property
+    def long(self) -> bool:
+        """Whether scales have the eight significant bits of bfloat16, whatever they cover."""
+        return self.bits == 8 or self.storage == "int32"
 
     @property
     def zero(self) -> bool:
@@ -212,8 +224,27 @@ KINDS: dict[str, Kind] = {
     )
 }
 
+# Grids of compressed-tensors: integers in words of 32 bits, for runtimes on GPUs and not for our kernels.
+_GPU_GROUPS = (128, 64, 32)  # columns of a scale, the usual ones first; −1 is a row
+GPU_KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(name, help, bits, "int32", None, 0.0, grid=levels, groups=(*_GPU_GROUPS, -1), error=error)
+        for name, help, bits, levels, error in (
+            ("w8", "eight bits for GPUs; nearly nothing is lost", 8, tuple(range(-128, 128)), 0.006),
+            ("w4", "four bits for GPUs; best when solved", 4, tuple(range(-8, 8)), 0.35),
+        )
+    )
+}
 
-Solved = Kind | GGUFKind  # what weights are solved for, in a packed folder or in a GGUF file
+
+def dividing(width: int, group: int | None) -> int:
+    """Columns of a scale in a weight of `GPU_KINDS`: those asked for, or the most that are usual; 0 where none divides the width."""
+    sizes = _GPU_GROUPS if group is None else (width if group == -1 else group,)
+    return next((size for size in sizes if width % size == 0), 0)
+
+
+Solved = Kind | GGUFKind  # what weights are solved for: in a packed folder, in a GGUF file, or for GPUs
 
 
 def names_of(kinds: Iterable[Solved], last: str = ", ") -> str:
@@ -238,12 +269,18 @@ def scaled_kinds() -> list[Kind]:
 
 
 def solved_kinds() -> list[Solved]:
-    """Those that weights are solved for: our integers, and the types of GGUF files."""
-    return [*scaled_kinds(), *GGUF_KINDS.values()]
+    """Those that weights are solved for: our integers, the types of GGUF files, and those for GPUs."""
+    return [*scaled_kinds(), *GGUF_KINDS.values(), *GPU_KINDS.values()]
 
 
 def solved_kind(name: str, group: int | None = None) -> Solved:
-    """The row called `name`, packed or of a GGUF file; raises as `kind_of` does."""
+    """The row called `name`, packed or of another target; raises as `kind_of` does."""
+    if name in GPU_KINDS:
+        if group is not None and group not in GPU_KINDS[name].groups:
+            raise UserError(
+                f"group {group} is not possible; scales of {name} cover 32, 64 or 128 columns, or a row (-1)"
+            )
+        return GPU_KINDS[name]
     kind = GGUF_KINDS.get(name)
     if kind is None:
         return kind_of(name, group)
@@ -261,6 +298,10 @@ def kind_of(name: str, group: int | None = None) -> Kind:
         UserError: there is none, or its scales do not cover `group` columns.
     """
     if (kind := KINDS.get(name)) is None:
+        if name in GPU_KINDS:
+            raise UserError(
+                f"{name} is a kind for GPUs, which no packed folder holds: `tawny export --to compressed-tensors` writes it"
+            )
         if name in GGUF_KINDS:
             raise UserError(
                 f"{name} is a type of GGUF files, which no packed folder holds: `tawny export --to gguf` writes it"

@@ -23,6 +23,7 @@ def _file(text: str) -> Path:
 
 @verb(
     "tawny export ./model --to gguf --out model-q4.gguf --type Q4_K --imatrix model.imatrix.gguf",
+    "tawny export solved --to compressed-tensors --out small",
     "tawny export ./model --to imatrix --out model.imatrix.gguf --calibration wiki --samples 16 --seqlen 1024",
     "tawny export pruned --to gguf --out pruned.gguf --template original-f16.gguf",
 )
@@ -32,15 +33,25 @@ def export(
     *,
     to: str = option(
         "--to TARGET",
-        "gguf, for llama.cpp; imatrix, the importance matrix of its llama-quantize.",
+        "gguf, for llama.cpp; compressed-tensors, a folder for vLLM, SGLang and transformers; imatrix, the importance matrix of "
+        "llama-quantize.",
         RECIPE,
         default=...,
     ),
-    out: Path = option("--out FILE", "File to write.", OUTPUT, default=..., parser=_file),
+    out: Path = option(
+        "--out PATH", "File to write; of compressed-tensors a folder.", OUTPUT, default=..., parser=_file
+    ),
     type: str | None = option(
         "--type TYPE",
         f"Of gguf: F32, F16, BF16, {', '.join(kind.type for kind in GGUF_KINDS.values())}. Default: what was solved for GGUF, else that of "
-        "the template, or as the weights are stored, and F32 for packed integers.",
+        "the template, or as the weights are stored, and F32 for packed integers. Of compressed-tensors: w4 or w8 for every linear. "
+        "Default: what was solved.",
+        RECIPE,
+    ),
+    group: int | None = option(
+        "--group N",
+        "Of compressed-tensors: columns that share a scale, 32, 64, 128, or -1, a row. Default: what was solved, or the most that "
+        "divide the width.",
         RECIPE,
     ),
     tokenizer_from: str | None = option(
@@ -76,6 +87,7 @@ def export(
             out,
             to,
             type,
+            group=group,
             tokenizer_from=tokenizer_from,
             template=template,
             imatrix=imatrix,

@@ -22,7 +22,7 @@ from tawny.cli.options import DATA, RECIPE, Device, RecipeFile, shared
 from tawny.cli.root import verb
 from tawny.errors import UserError
 from tawny.gguf_kinds import GGUF_KINDS
-from tawny.kinds import names_of, scaled_kinds
+from tawny.kinds import GPU_KINDS, names_of, scaled_kinds
 from tawny.machine import check_device
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class Given:
         str | None,
         shared(
             "--values KIND",
-            f"Round while solving: {names_of(scaled_kinds())}, or a type of GGUF files ({names_of(GGUF_KINDS.values())}). "
+            f"Round while solving: {names_of(scaled_kinds())}; {names_of(GPU_KINDS.values(), ' or ')} for GPUs; or a type of GGUF files "
+            f"({names_of(GGUF_KINDS.values())}). "
             "No zeros unless -s asks for them.",
             RECIPE,
         ),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tawny.errors import UserError, nearest
+from tawny.exporting.compressed import TARGET, export_compressed
 from tawny.exporting.files import ExportReport
 from tawny.exporting.gguf import export_gguf
 from tawny.exporting.imatrix import ImatrixReport, export_imatrix
@@ -20,6 +21,7 @@ from tawny.run.place import place_of
 # Target → what writes it, and the options that it takes.
 EXPORTERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "gguf": (export_gguf, ("type", "tokenizer_from", "template", "imatrix")),
+    TARGET: (export_compressed, ("type", "group")),
     "imatrix": (export_imatrix, ("calibration", "samples", "seqlen")),
 }
 
@@ -31,6 +33,7 @@ def export(
     to: str = "gguf",
     type: str | None = None,
     *,
+    group: int | None = None,
     tokenizer_from: str | Path | None = None,
     template: str | Path | None = None,
     imatrix: str | Path | None = None,
@@ -45,12 +48,15 @@ def export(
 
     Args:
         source: a folder (dense, quantised or packed), hub id, `.gguf` file or `smollm2`.
-        out: file to write.
-        to: `gguf`, for llama.cpp; or `imatrix`, the importance matrix that its `llama-quantize` takes, which is measured on a text
+        out: file to write; of `compressed-tensors` a folder.
+        to: `gguf`, for llama.cpp; `compressed-tensors`, a folder for vLLM, SGLang and transformers; or `imatrix`, the importance matrix that its `llama-quantize` takes, which is measured on a text
             and holds the mean square of each input of every linear, for experts one by one.
         type: of the matrices of `gguf`: F32, F16 or BF16, or a type in blocks such as Q4_K, to which they are rounded by its best
             scales. Then the embedding and the head get at least Q6_K, and a width that no block divides another type.
             None keeps the type that they are stored in, and copies what was solved for GGUF (`tawny prune --values q4_k`).
+            Of `compressed-tensors`: w4 or w8, which all linears are rounded to by best scales; None takes what was solved for it.
+        group: columns that share a scale in `compressed-tensors`: 32, 64, 128 or -1, a row. None: what was solved, or the most that
+            divide the width.
         tokenizer_from: a GGUF file (or `smollm2`) whose tokenizer is taken; None takes that of the GGUF file the model came
             from, or makes it from `tokenizer.json`.
         template: a GGUF file of the same dense model (F32, F16, BF16 or Q8_0), of any architecture: its keys, its tokenizer and all
@@ -77,6 +83,7 @@ def export(
     exporter, takes = EXPORTERS[to]
     options = {
         "type": type,
+        "group": group,
         "tokenizer_from": tokenizer_from,
         "template": template,
         "imatrix": imatrix,

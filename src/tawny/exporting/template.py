@@ -110,6 +110,10 @@ class Matrices:
             raise ModelError(f"{name!r} is no matrix of {self.checkpoint.folder}")
         return key
 
+    def unit(self, name: str) -> Unit:
+        """The tensors of the file that a matrix is read from."""
+        return self._units[self.key(name)]
+
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in)."""
         if name in self.linears:

@@ -29,7 +29,7 @@ from tawny.model.stack import TOKENS, Call, Stack
 from tawny.model.structure import input_of, pixels_for
 from tawny.patterns import MemberKind
 
-__all__ = ["Coupling", "Rows", "couple", "find_couplings", "probe_of", "some_tokens"]
+__all__ = ["Coupling", "Rows", "check_fused", "couple", "find_couplings", "probe_of", "some_tokens"]
 
 _TOKENS = 64  # a ReLU that is silent for a random token is so for all of them once in 2⁶⁴
 _CLOSE = 1e-2  # of the largest output: what rounding to bfloat16 may change
@@ -142,6 +142,22 @@ def find_couplings(stack: Stack) -> list[list[Coupling]]:
         first, couplings = known[alike]
         every.append([_moved(coupling, first, by_tail) for coupling in couplings])
     return every
+
+
+def check_fused(stack: Stack, kinds: Mapping[str, str]) -> None:
+    """Refuse kinds that differ among linears which runtimes multiply as one (q/k/v; gate/up): the producers of a coupling.
+
+    Raises:
+        ModelError: names two of them.
+    """
+    for coupling in (coupling for couplings in find_couplings(stack) for coupling in couplings):
+        first, *others = [rows.linear.name for rows in coupling.producers]
+        for other in others:
+            if kinds.get(first) != kinds.get(other):
+                one, two = (kinds.get(name, "no kind") for name in (first, other))
+                raise ModelError(
+                    f"{first} has {one} and {other} {two}: runtimes on GPUs multiply them as one, and need one kind"
+                )
 
 
 def _moved(coupling: Coupling, prefix: int, by_tail: Mapping[str, Linear]) -> Coupling:

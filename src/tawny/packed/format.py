@@ -27,6 +27,7 @@ __all__ = [
     "full_masks",
     "naming",
     "pack",
+    "scales_found",
     "scales_of",
     "unpack",
     "whole",
@@ -292,6 +293,22 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     scale × level rounded, and so a weight that was solved on the grid comes back as it is. Eight bits of other weights
     follow the largest one.
     """
+    found_OS = scales_found(stored_OI, kind, group, whole)
+    if not bool(found_OS.isnan().any()):
+        return found_OS
+    grid = ScaledGrid(kind.grid, group)
+    if kind.bits == 8:
+        largest_OS = largest(stored_OI, grid).abs().float() / kind.largest
+        usual_OS = largest_OS if group is None else _bf16_up(largest_OS).float()
+    else:
+        W_OI = stored_OI.float()
+        keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
+        usual_OS = grid.suiting(W_OI).fit(W_OI, None, keep_OI)
+    return torch.where(found_OS.isnan(), usual_OS, found_OS)
+
+
+def scales_found(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = False) -> Tensor:
+    """float32 [O, 1 or ceil(I / group)]: scales that give every weight back bit for bit, NaN where there is none."""
     grid = ScaledGrid(kind.grid, group)
     rows, stored_GC = len(stored_OI), grid.split(stored_OI).flatten(0, 1)
     groups, width = stored_GC.shape
@@ -313,17 +330,7 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
         every_G = torch.arange(groups, device=device)
         parts = [every_G[top : top + size] for top in range(0, groups, size)]
         found_G = torch.cat([again(part, tries) for part in parts])
-    found_OS = found_G.view(rows, -1)
-    if not bool(found_G.isnan().any()):
-        return found_OS
-    if kind.bits == 8:
-        largest_OS = stored_GC.abs().amax(1).view(rows, -1).float() / kind.largest
-        usual_OS = largest_OS if group is None else _bf16_up(largest_OS).float()
-    else:
-        W_OI = stored_OI.float()
-        keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
-        usual_OS = grid.suiting(W_OI).fit(W_OI, None, keep_OI)
-    return torch.where(found_OS.isnan(), usual_OS, found_OS)
+    return found_G.view(rows, -1)
 
 
 def _tries(kind: Kind) -> list[_Try]:
@@ -333,11 +340,13 @@ def _tries(kind: Kind) -> list[_Try]:
     eight-bit values are long, and the largest weight is not far from their last level.
     """
     if kind.bits == 8:
-        levels = list(range(kind.largest, kind.largest // 2, -1))
+        # The sign of the scale is free, so one of two opposite levels is enough.
+        ends = [level for level in kind.grid if abs(level) > kind.largest // 2]
+        levels = sorted((x for x in ends if x > 0 or -x not in kind.grid), key=abs, reverse=True)
         return [(True, neighbour, level) for neighbour in (0, -1, 1) for level in levels]
     levels = sorted(filter(None, kind.grid), key=abs, reverse=True)
-    forms = ((False, 0), (True, 0), (True, -1), (True, 1))  # few bits lie too far apart for a neighbour
-    return [(*form, level) for form in forms for level in levels]
+    forms = [(False, 0), (True, 0), (True, -1), (True, 1)]  # few bits lie too far apart for a neighbour
+    return [(*form, level) for form in forms[kind.long :] for level in levels]
 
 
 def _scales_again(

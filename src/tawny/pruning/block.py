@@ -304,7 +304,7 @@ class PrunedBlock:
     def grid(self, linear: Linear) -> Grid | None:
         """What the survivors of a linear are rounded to; None where they stay as they are."""
         kind = self._kind(linear)
-        return None if kind is None else self.job.recipe.values.grid(kind)
+        return None if kind is None else self.job.recipe.values.grid(kind, linear.shape[1])
 
     def few_bits(self) -> dict[str, tuple[Kind, int | None]]:
         """The kinds that a training keeps to. int8 loses next to nothing when it is rounded afterwards."""

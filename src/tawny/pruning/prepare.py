@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "PROFILE_TOKENS",
     "Job",
+    "check_groups",
     "check_widths",
     "demand_of",
     "notices",
@@ -30,6 +31,7 @@ from tawny.calibration.output import Factor, most_felt
 from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
 from tawny.gguf_kinds import GGUF_KINDS, fitting
+from tawny.kinds import GPU_KINDS, dividing
 from tawny.model.biases import bias_settings
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.couplings import Coupling, couple, some_tokens
@@ -51,6 +53,7 @@ from tawny.words import size
 
 # Tokens after which the outlier shares of a model no longer move its sparsities by more than 0.005.
 PROFILE_TOKENS = 8192
+_TILE = (64, 128)  # outputs and inputs that vLLM's Marlin kernels take at once
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
         if recipe.values.names and recipe.values.names[0] in GGUF_KINDS:
             check_widths(chosen)
+        if recipe.values.names and recipe.values.names[0] in GPU_KINDS:
+            check_groups(chosen, recipe.values.names[0], recipe.values.group_size)
         if isinstance(pattern, NM):
             _check_grids(recipe, pattern, {linear.shape[1] for linear in chosen})
     couplings: list[list[Coupling]] = []
@@ -230,12 +235,27 @@ def check_widths(linears: Sequence[Linear]) -> None:
             )
 
 
+def check_groups(linears: Sequence[Linear], kind: str, group: int | None) -> None:
+    """Refuse a linear that compressed-tensors does not hold in one of `GPU_KINDS`."""
+    for linear in linears:
+        if linear.expert is not None or linear.transposed:
+            how = "an expert of a fused tensor" if linear.expert is not None else "stored as [in, out]"
+            raise ModelError(
+                f"{linear.name} is {how}, which a compressed-tensors checkpoint does not hold as {kind}: leave it out (-o exclude=…)"
+            )
+        if not dividing(linear.shape[1], group):
+            raise RecipeError(
+                f"{linear.name} has {linear.shape[1]} columns, which {group or '128, 64 or 32'} does not divide: give another "
+                "group (-o values.group_size=-1 is a row), or leave it out (-o exclude=…)"
+            )
+
+
 def _check_grids(recipe: Recipe, pattern: NM, widths: Iterable[int]) -> None:
     """Refuse kinds that the solver cannot combine with n:m, before the first weight is solved."""
     solver = cast(Solver, recipe.make_solver())
     for kind in recipe.values.names:
         for width in sorted(widths):
-            solver.check_grid(pattern, recipe.values.grid(kind), width)
+            solver.check_grid(pattern, recipe.values.grid(kind, width), width)
 
 
 def _check_whole_blocks(
@@ -269,6 +289,12 @@ def notices(job: Job, tokens: int) -> list[str]:
     if weights and not (predicts_tokens(job.stack.model) or allocator == "uniform" or job.allocator.as_given):
         said.append(
             "uniform kept more than other allocators in nearly every trial on encoders: try -a uniform"
+        )
+    rough = [x for linears in job.by_block for x in linears if x.shape[0] % _TILE[0] or x.shape[1] % _TILE[1]]
+    if rough and any(kind in GPU_KINDS for kind in job.recipe.values.names):
+        said.append(
+            f"{len(rough)} linears, first {rough[0].name} {list(rough[0].shape)}, are no multiples of {list(_TILE)}, which the Marlin "
+            "kernels of vLLM need: slower ones multiply them, or none"
         )
     widest = max((linear for linears in job.by_block for linear in linears), key=lambda x: x.shape[1])
     if job.needs == "hessian" and tokens < widest.shape[1]:

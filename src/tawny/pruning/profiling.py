@@ -41,7 +41,8 @@ from tawny.calibration.output import OutputFactor
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError, TawnyError
 from tawny.gguf_kinds import GGUF_KINDS, fitting
-from tawny.kinds import kind_of
+from tawny.kinds import GPU_KINDS, kind_of
+from tawny.model.couplings import check_fused
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples
@@ -231,6 +232,9 @@ def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tupl
             has = ", ".join(sorted(set(kinds.values()))) or "no kinds"
             raise RecipeError(f"values.of is {list(values.of)}, and the allocation file has {has}")
         kinds = _fitting(kinds, job, warnings)
+        whole = len(kinds) == sum(len(job.stack.linears(i)) for i in range(len(job.stack)))
+        if GPU_KINDS.keys() & kinds.values() and not (whole and len({*kinds.values()}) == 1):
+            check_fused(job.stack, kinds)
         return allocate(job.allocator, profile, job.budget_pattern, recipe.sparsity, warnings), kinds
     by_bits = {kind_of(name).bits: name for name in values.of}
     wish = job.allocator.allocate(profile, 1 - values.mean / max(by_bits))

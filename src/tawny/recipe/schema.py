@@ -39,7 +39,7 @@ from pydantic.dataclasses import dataclass
 from tawny.calibration.mixture import parse_texts
 from tawny.checked import adapter, checked, option_keys, plain_key, refuse_unknown, show, suggest
 from tawny.errors import RecipeError, check_option, nearest
-from tawny.gguf_kinds import GGUF_KINDS, GGUFKind
+from tawny.gguf_kinds import GGUF_KINDS
 from tawny.kinds import names_of, scaled_kinds, solved_kind
 
 if TYPE_CHECKING:
@@ -140,8 +140,10 @@ class Values:
             both or single, "values.mean", given, "a mean of two kinds or more, and no kind beside it"
         )
         for end in (self.head, self.embedding):
-            if end is not None:
-                solved_kind(end)
+            if end is not None and solved_kind(end).target == "compressed-tensors":
+                raise RecipeError(
+                    f"values: {end} is a kind for GPUs, whose runtimes read head and embedding as floats; give it to linears alone"
+                )
         kinds = [solved_kind(name, self.group_size) for name in self.names]
         for kind in kinds:
             if not kind.scaled:
@@ -149,11 +151,12 @@ class Values:
                 raise RecipeError(
                     f"values: {kind.name} are floats, which nothing is rounded to; choose {names}"
                 )
-        types = [kind.name for kind in kinds if isinstance(kind, GGUFKind)]
-        if types and (self.mean is not None or len(types) < len(kinds)):
+        outer = next((kind for kind in kinds if kind.target != "packed"), None)
+        if outer and (self.mean is not None or len({kind.target for kind in kinds}) > 1):
+            what = "a type of GGUF files" if outer.target == "gguf" else "a kind for GPUs"
             raise RecipeError(
-                f"values: {types[0]} is a type of GGUF files, and goes with others of these alone and without values.mean: "
-                "`tawny fit --to gguf --bits` shares bits among them"
+                f"values: {outer.name} is {what}, and goes with others of these alone and without values.mean: "
+                f"`tawny fit --to {outer.target} --bits` shares bits among them"
             )
         bits = [kind.bits for kind in kinds]
         if self.mean is not None and not min(bits) <= self.mean <= max(bits):
@@ -170,11 +173,11 @@ class Values:
         """The kinds that a linear may get."""
         return self.of if self.kind is None else (self.kind,)
 
-    def grid(self, name: str) -> Grid:
-        """What a solver rounds to for a kind."""
+    def grid(self, name: str, width: int = 0) -> Grid:
+        """What a solver rounds a linear of a width to for a kind."""
         from tawny.solvers.block_grid import grid_of
 
-        return grid_of(name, self.group_size)
+        return grid_of(name, self.group_size, width)
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -267,9 +270,9 @@ class Recipe:
             raise RecipeError(
                 f"{dense[0]} values hold no zeros, and sparsity {recipe.sparsity:g} asks for some: leave it out, or choose {holding}"
             )
-        if recipe.refine.epochs and any(name in GGUF_KINDS for name in recipe.values.names):
+        if recipe.refine.epochs and any(solved_kind(n).target != "packed" for n in recipe.values.names):
             raise RecipeError(
-                f"refine trains the grids of packed folders, and {names} is a type of GGUF files: leave one of the two out"
+                f"refine trains the grids of packed folders, and {names} is for other runtimes: leave one of the two out"
             )
         if recipe.values.mean is not None and (recipe.sparsity or ":" in recipe.pattern):
             raise RecipeError(

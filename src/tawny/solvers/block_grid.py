@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tawny.gguf_kinds import GGUF_KINDS, GGUFKind, fitting
-from tawny.kinds import half_steps, solved_kind
+from tawny.kinds import dividing, half_steps, solved_kind
 from tawny.solvers.grid import Grid, Rounding, ScaledGrid
 
 __all__ = ["BlockGrid", "grid_of", "rounded"]
@@ -266,12 +266,13 @@ class BlockGrid(Grid):
         return first.expand(-1, -1, n).flatten(1), second.expand(-1, -1, n).flatten(1)
 
 
-def grid_of(name: str, group: int | None = None) -> Grid:
-    """What a solver rounds to for a kind, its scales over `group` columns where that is a choice."""
+def grid_of(name: str, group: int | None = None, width: int = 0) -> Grid:
+    """What a solver rounds to for a kind in a weight of a width, its scales over `group` columns where that is a choice."""
     kind = solved_kind(name, group)
     if isinstance(kind, GGUFKind):
         return BlockGrid(kind)
-    return ScaledGrid(kind.grid, kind.span(group), long=kind.bits == 8)
+    span = dividing(width, group) or None if kind.target == "compressed-tensors" else kind.span(group)
+    return ScaledGrid(kind.grid, span, kind.long)
 
 
 def rounded(W_OI: Tensor, name: str, weights_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
