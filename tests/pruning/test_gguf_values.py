@@ -36,6 +36,19 @@ def test_a_folder_holds_what_was_solved_for_gguf(tmp_path, folder):
         assert torch.equal(torch.from_numpy(values.copy()), weights[name].detach())
 
 
+def test_a_live_model_leaves_what_was_solved_too(tmp_path):
+    model = tiny_model("llama", intermediate_size=64)
+    tawny.prune(model, tmp_path / "out", values="q4_0", **KEYS)
+    weights = dict(model.named_parameters())
+    encoded = read_tensors(tmp_path / "out" / ENCODED)
+    for key, rows in encoded.items():
+        values = gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType.Q4_0)
+        assert torch.equal(
+            torch.from_numpy(values.copy()), weights[f"{key.removesuffix('.q4_0')}.weight"].detach()
+        )
+    assert encoded
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_head_and_embedding_get_the_types_that_they_are_asked_for(tmp_path, tied):
     tiny_model("llama", intermediate_size=64, tie_word_embeddings=tied).save_pretrained(tmp_path / "model")

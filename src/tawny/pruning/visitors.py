@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Statistics
+from tawny.errors import RecipeError
+from tawny.gguf_kinds import GGUF_KINDS
 from tawny.model.streams import Samples
 from tawny.precision import DTYPES, cast
 from tawny.pruning.block import DENSE, PRUNED, PrunedBlock
@@ -45,6 +47,10 @@ class Solve(Visitor):
 
     def __init__(self, session: Session, allocation: Mapping[str, float]) -> None:
         self.session, self.allocation = session, allocation
+        if session.run.ranks.size > 1 and any(kind in GGUF_KINDS for kind in session.record.values.values()):
+            raise RecipeError(
+                "types of GGUF files are solved in one process, and torchrun started several: run it with one"
+            )
 
     def begin(self, kept: Mapping[str, Any]) -> None:
         record = self.session.record

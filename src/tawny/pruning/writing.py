@@ -30,7 +30,6 @@ def write_rest(session: Session) -> None:
         session.record.bytes = session.output.assemble(
             session.run.journal.once("shards", lambda: _plan_shards(session))
         )
-        session.output.write_encoded(ENCODED)
         session.output.carry(session.job.folder)
         _say_settings(session)
     else:
@@ -39,6 +38,7 @@ def write_rest(session: Session) -> None:
             session.beside.save_pretrained(session.output.folder)
         session.record.bytes = sum(p.stat().st_size for p in session.output.folder.glob("*.safetensors"))
         session.record.storage = str(session.job.stack.compute).removeprefix("torch.")
+    session.output.write_encoded(ENCODED)
     session.output.write_text("recipe.yaml", dump_recipe(session.job.recipe))
 
 
