@@ -155,10 +155,13 @@ def test_a_file_may_say_the_kind_of_each_linear_beside_its_sparsity(tmp_path) ->
     recipe = Recipe.from_mapping({"sparsity": 0.25, "allocator": str(path)})
     assert recipe.values.of == file.named_kinds == ("int4", "int8")
     assert Recipe.from_mapping(recipe.to_mapping()) == recipe
+    path.write_text(text.replace("int4", "bf16"))  # as it is
+    assert Recipe.from_mapping({"sparsity": 0.25, "allocator": str(path)}).values.of == ("int8",)
+    assert set(File(path=str(path)).kinds(PROFILE).values()) == {"int8"}
     path.with_suffix(".json").write_text(json.dumps({"values": {}, "allocation": {"*": 0.25}}))
     assert File(path=str(path.with_suffix(".json"))).kinds(PROFILE) == {}
     wrong = {
-        text.replace("int4", "bf16"): r":3: \* has values 'bf16', expected int8",
+        text.replace("int4", "int9"): r":3: \* has values 'int9', expected int8",
         'allocation: {"*": 0.25}\nvalues: 1': r":2: values is not a mapping of linears to values, .*int4",
         'allocation: {"*": 0.25}\nvalues: {"*": [int4]}': r":2: \* has a list or a mapping, expected values such as int4",
         text + "values: {}": r":5: the section values is given twice",

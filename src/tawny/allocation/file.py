@@ -8,7 +8,7 @@ glob beats an earlier one:
     model.layers.29.mlp.down_proj: 0.62
 
 A file whose values stand under `allocation:` (such as a `run.json`) is read too. Beside it, `values:` may give each linear
-the kind that its survivors are rounded to, by the same rules:
+the kind that its survivors are rounded to, by the same rules; bf16, f16 and f32 leave them as they are:
 
     allocation: {"*": 0}
     values: {"*": int4, "*.down_proj": int6}
@@ -45,7 +45,7 @@ from pydantic import Field
 from tawny.allocation.profile import Allocation, Allocator, Profile
 from tawny.checked import yaml_error
 from tawny.errors import RecipeError, nearest, short
-from tawny.kinds import names_of, solved_kinds
+from tawny.kinds import KINDS, names_of, solved_kind, solved_kinds
 from tawny.patterns import removed_count
 
 # The sections of a text, and what a line of each looks like.
@@ -230,17 +230,19 @@ class File(Allocator):
     def named_kinds(self) -> tuple[str, ...]:
         if not os.path.isfile(self.path):  # noqa: PTH113 - never raises, whatever the name
             return ()
-        return tuple(dict.fromkeys(entry.text for entry in self._kinds()))
+        named = dict.fromkeys(entry.text for entry in self._kinds())
+        return tuple(name for name in named if solved_kind(name).scaled)
 
     def kinds(self, profile: Profile) -> dict[str, str]:
         entries = self._kinds()
         chosen = resolve(entries, profile, "values") if entries else {}
-        return {name: chosen[name].text for name in profile.sizes if name in chosen}
+        kinds = {name: chosen[name].text for name in profile.sizes if name in chosen}
+        return {name: kind for name, kind in kinds.items() if solved_kind(kind).scaled}
 
     def _kinds(self) -> list[AllocationLine]:
         entries = read_entries(self._checked_text(), self.path, "values")
         for entry in entries:
-            if entry.text not in {kind.name for kind in solved_kinds()}:
+            if entry.text not in KINDS.keys() | {kind.name for kind in solved_kinds()}:
                 names = names_of(solved_kinds(), " or ")
                 raise RecipeError(
                     f"{entry.where}: {short(entry.pattern)} has values {short(repr(entry.text))}, expected {names}"

@@ -88,7 +88,8 @@ def _recipe_of(session: Session, base: Recipe, finalist: Finalist, folder: Path)
     numel = {x.name: x.numel for x in session.job.linears}
     removed = sum(removed_count(numel[name], level.sparsity) for name, level in finalist.levels.items())
     kinds = sorted(
-        {level.kind for level in finalist.levels.values()}, key=lambda name: -solved_kind(name).bits
+        {x.kind for x in finalist.levels.values() if solved_kind(x.kind).scaled},
+        key=lambda name: -solved_kind(name).bits,
     )
     lines = [
         f"# {finalist.name}. Its mean sparsity is {removed / sum(numel.values()):.6f}.",

@@ -112,8 +112,9 @@ def fit(
         memory: peak memory of the whole process that may not be passed.
         measured: the folder or GGUF file of an earlier fit of the same model, recipe and text to another size; what it measured is taken.
         to: `packed` for a folder, `gguf` for one file for llama.cpp, Ollama and LM Studio; its card and what was measured lie beside it.
+            `compressed-tensors` for a folder for vLLM, SGLang and transformers; linears that these multiply as one get one kind.
         quick: round by best scales under the energy of inputs, and solve nothing: sooner, and farther from the dense model.
-        kinds: types that tensors of the GGUF file may get, with commas between.
+        kinds: types that tensors of the GGUF file may get, with commas between; of `compressed-tensors` w4, w8 and bf16, as it is.
         template: a whole GGUF file of the model, whose keys and other tensors are kept; needed where `export` has no architecture.
         calibration: tokens `[samples, tokens]`, of which some are held out; or the name or path of a text.
         trust_remote_code: let code that lies in a model's folder run.
@@ -136,6 +137,10 @@ def fit(
     form = {"to": to, "quick": quick, "kinds": kinds, "template": None if template is None else str(template)}
     own |= {key: value for key, value in form.items() if value is not None}
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
+    if settings.to == "compressed-tensors" and (target.speed or target.ram):
+        raise RecipeError(
+            "speed and ram are those of Tawny's own decoder: give --size or --bits with --to compressed-tensors"
+        )
     earlier = None if measured is None else read_measured(Path(measured))
     with open_session(
         recipe,

@@ -1,4 +1,4 @@
-"""What a fit writes: a packed folder, or one GGUF file. Each is made, weighed and delivered here; a new one is an entry of FORMS."""
+"""What a fit writes: a packed folder, one GGUF file, or a compressed-tensors checkpoint. Each is made, weighed and delivered here; a new one is an entry of FORMS."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, final
 
+from tawny.choosing.compressed_size import CompressedSize, kinds_of
 from tawny.choosing.fitted import Fitted
 from tawny.choosing.fitted import deliver as deliver_packed
 from tawny.choosing.gguf_card import gguf_card
@@ -18,10 +19,13 @@ from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings
 from tawny.choosing.sizes import Sizes
 from tawny.errors import ModelError, OutputError, RecipeError
+from tawny.exporting.compressed import TARGET, export_compressed
 from tawny.exporting.gguf import export_gguf
 from tawny.exporting.template import Matrices, Template
 from tawny.exporting.through import export_through
+from tawny.gguf_kinds import GGUF_KINDS
 from tawny.model.checkpoint import file_bytes
+from tawny.model.couplings import fused
 from tawny.model.source import gguf_behind
 from tawny.model.streams import Samples
 from tawny.packed import format
@@ -139,7 +143,11 @@ class GGUF(Form):
         return None
 
     def sizes(self, session: Session, settings: FitSettings) -> Sizes:
-        return GGUFSize(session.job, _template(session, settings), kinds_named(settings.kinds))
+        return GGUFSize(
+            session.job,
+            _template(session, settings),
+            kinds_named(settings.kinds, [*GGUF_KINDS], "types of GGUF files"),
+        )
 
     def make(
         self,
@@ -181,7 +189,56 @@ class GGUF(Form):
         write_beside(place.out.with_name(f"{place.out.name}.md"), gguf_card(facts))
 
 
-FORMS: dict[str, Form] = {"packed": Packed(), "gguf": GGUF()}
+@final
+class CompressedTensors(Form):
+    """A folder for vLLM, SGLang and transformers."""
+
+    version = {"format": TARGET}
+
+    def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
+        accepts_checkpoint(out, overwrite, continued)
+
+    def known(self, job: Job) -> Sizes | None:
+        return CompressedSize(job)
+
+    def sizes(self, session: Session, settings: FitSettings) -> Sizes:
+        job = session.job
+        kinds = kinds_named(settings.kinds, kinds_of(job), "kinds for GPUs, and that of the weights,")
+        return CompressedSize(job, kinds, fused(job.stack))
+
+    def make(
+        self,
+        session: Session,
+        sizes: Sizes,
+        samples: Samples,
+        folder: Path,
+        recipe: Recipe,
+        *,
+        memory: str | int | None,
+        tokenizer: Any,
+    ) -> int:
+        source = session.job.folder
+        assert source is not None
+        if not folder.exists():
+            prune(
+                source,
+                folder,
+                recipe=recipe,
+                progress=session.run.progress,
+                memory=memory,
+                tokenizer=tokenizer,
+                calibration=samples if session.held_out is None else None,
+            )
+        made = folder.with_suffix(".tensors")
+        if not made.exists():
+            export_compressed(folder, made, progress=session.run.progress)
+        return file_bytes(made)
+
+    def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
+        deliver_packed(session, fitted, folder.with_suffix(".tensors"), measured)
+
+
+FORMS: dict[str, Form] = {"packed": Packed(), "gguf": GGUF(), TARGET: CompressedTensors()}
 
 
 def _template(session: Session, settings: FitSettings) -> Template:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["GGUFSize", "kinds_named"]
 
+from collections.abc import Sequence
 from typing import final
 
 from torch import Tensor
@@ -22,19 +23,20 @@ from tawny.solvers.grid import Grid
 _ENDS = ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k")  # each is a rounding of the largest matrix, and a forward
 
 
-def kinds_named(text: str) -> tuple[str, ...]:
-    """The types that a person restricts a fit to, most bits first; all where nothing is said.
+def kinds_named(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
+    """Those kinds that a person restricts a fit to, in their order; all where nothing is said.
+
+    Args:
+        what: they are, for a person.
 
     Raises:
-        RecipeError: there is no such type.
+        RecipeError: there is no such kind.
     """
-    named = [name.strip().lower() for name in text.split(",") if name.strip()] or [*GGUF_KINDS]
+    named = [name.strip().lower() for name in text.split(",") if name.strip()] or known
     for name in named:
-        if name not in GGUF_KINDS:
-            raise RecipeError(
-                f"--kinds names {name!r}{nearest(name, GGUF_KINDS)}; types of GGUF files are {', '.join(GGUF_KINDS)}"
-            )
-    return tuple(name for name in GGUF_KINDS if name in named)
+        if name not in known:
+            raise RecipeError(f"--kinds names {name!r}{nearest(name, known)}; {what} are {', '.join(known)}")
+    return tuple(name for name in known if name in named)
 
 
 @final

@@ -38,7 +38,7 @@ from tawny.choosing.sizes import Sizes
 from tawny.choosing.solving import WALK, LevelStore, key_of, level_dtype
 from tawny.errors import NumericalError
 from tawny.evaluation.hidden_states import stream_through
-from tawny.kinds import KINDS
+from tawny.kinds import KINDS, solved_kind
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples
@@ -153,9 +153,12 @@ def _rounded(
         return on_grid(Solution(W, kept), grid.suiting(W_OI), known).weight
 
     block.session.run.progress.detail(f"rounding {linear.name}", 0, 0)
-    bits, rounds = {}, {}
+    bits = dict.fromkeys(sizes.kinds, 0.0)  # of floats, which stay as they are
+    rounds = {}
     probe = ScaledGrid(KINDS[PROBE].grid, KINDS[PROBE].span(None))
-    grids = {kind: sizes.grid(kind, linear.shape[1]) for kind in sizes.kinds} | {PROBE: probe}
+    grids = {kind: sizes.grid(kind, linear.shape[1]) for kind in sizes.kinds if solved_kind(kind).scaled} | {
+        PROBE: probe
+    }
     whole = energy(W_RI, H_II)
     for kind, grid in grids.items():
         rounded_RI = rounded(W_RI, grid)

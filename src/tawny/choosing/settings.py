@@ -112,8 +112,8 @@ class FitSettings:
         budget: time such as 20m in which the choice is refined by measured divergence; then another run need not give the
             same bytes. With it, more `windows` pay.
         quick: finalists are rounded by best scales, and not solved: one forward each instead of a prune.
-        to: what is written: a `packed` folder, or one `gguf` file.
-        kinds: types of the GGUF file, with commas between; all that Tawny solves for where none is named.
+        to: what is written: a `packed` folder, one `gguf` file, or a `compressed-tensors` folder.
+        kinds: types of the GGUF file, or kinds of compressed-tensors, with commas between; all where none is named.
         template: a whole GGUF file of the model, whose keys and other tensors are kept.
     """
 
@@ -122,7 +122,7 @@ class FitSettings:
     length: Annotated[int, Field(ge=2)] = 256
     budget: str | float | None = None
     quick: bool = False
-    to: Literal["packed", "gguf"] = "packed"
+    to: Literal["packed", "gguf", "compressed-tensors"] = "packed"
     kinds: str = ""
     template: str | None = None
 
@@ -131,10 +131,12 @@ class FitSettings:
         """As `SearchSettings.make`."""
         settings = _validated(cls, "fit", base, keys)
         timed = settings.seconds is not None
-        if settings.to == "gguf" and timed:
-            raise RecipeError("fit.budget refines packed folders; leave it out with --to gguf")
+        if settings.to != "packed" and timed:
+            raise RecipeError(f"fit.budget refines packed folders; leave it out with --to {settings.to}")
         if settings.to == "packed" and (settings.kinds or settings.template):
             raise RecipeError("--kinds and --template belong to a GGUF file: give --to gguf with them")
+        if settings.to == "compressed-tensors" and settings.template:
+            raise RecipeError("--template belongs to a GGUF file: leave it out with --to compressed-tensors")
         return settings
 
     @property

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 __all__ = ["Limit", "Sizes"]
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from tawny.allocation.profile import LinearInfo
 from tawny.choosing.level import UNMEASURED, Level, Measures, levels_tried
+from tawny.kinds import solved_kind
 from tawny.solvers.grid import Grid
 
 
@@ -43,6 +45,7 @@ class Sizes(Limit, Protocol):
         head, embedding: module paths; None where there is none that may be rounded.
         tied: module path of an embedding that shares its weight with the head.
         head_numel, embedding_numel: their weights.
+        together: names of linears that need one kind.
     """
 
     kinds: tuple[str, ...]
@@ -53,6 +56,11 @@ class Sizes(Limit, Protocol):
     tied: str | None
     head_numel: int
     embedding_numel: int
+    together: Sequence[tuple[str, ...]] = ()
+
+    def groups(self, kind: str) -> Sequence[int | None]:
+        """Columns of a scale that all linears may have."""
+        return solved_kind(kind).groups
 
     def grid(self, kind: str, width: int) -> Grid:
         """What a linear of this width is rounded to."""

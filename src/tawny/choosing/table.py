@@ -69,6 +69,11 @@ class Table:
     def __init__(self, job: Job, room: Room, measured: Measured) -> None:
         self.job, self.linears, self.every = job, job.linears, room.sizes.levels
         self.room, self.limit, self.measured = room, room.limit, measured
+        leaders = {name: names[0] for names in room.sizes.together for name in names}
+        items: dict[str, list[int]] = {}  # by name of the first: linears that get one level
+        for i, x in enumerate(self.linears):
+            items.setdefault(leaders.get(x.name, x.name), []).append(i)
+        self.items = [*items.values()]
         self.costs = [[self.cost(x.name, level) for level in self.every] for x in self.linears]
         self.takes = [[self._takes(self.limit, x, level) for level in self.every] for x in self.linears]
         # By kind what it costs; of None the head stays as it is, and the embedding shares its weight with the head.
@@ -90,15 +95,18 @@ class Table:
     def chosen(self, budget: float, name: str = "", *, zeros: bool) -> Finalist | None:
         """The least cost that fits; None where nothing does."""
         usable = [i for i, level in enumerate(self.every) if zeros or not level.sparsity]
-        costs = [[item[i] for i in usable] for item in self.costs]
-        taken = [[float(item[i]) for i in usable] for item in self.takes]
+        costs, taken = (
+            [[float(sum(each[x][i] for x in item)) for i in usable] for item in self.items]
+            for each in (self.costs, self.takes)
+        )
         taken.append([float(self.limit.of_head(kind)) for kind in self.heads])
         taken.append([float(self.limit.of_embedding(kind)) for kind in self.embeddings])
         costs += [[*self.heads.values()], [*self.embeddings.values()]]
         picked = choose(costs, taken, budget - self.limit.rest)
         if picked is None:
             return None
-        of = {x.name: self.every[usable[p]] for x, p in zip(self.linears, picked, strict=False)}
+        places = {x: p for item, p in zip(self.items, picked, strict=False) for x in item}
+        of = {x.name: self.every[usable[places[i]]] for i, x in enumerate(self.linears)}
         return self.finalist(name, of, None, [*self.heads][picked[-2]], [*self.embeddings][picked[-1]])
 
     def finalist(
@@ -131,7 +139,7 @@ class Table:
         ]
         for kind in self.room.sizes.kinds:
             of = dict.fromkeys((x.name for x in self.linears), Level(0.0, kind))
-            for group in solved_kind(kind).groups:
+            for group in self.room.sizes.groups(kind) if solved_kind(kind).scaled else ():
                 plain = self.finalist("", of, group, None)
                 linears = plain.takes - self._ends(self.limit, None, None)
                 for lost, takes, kinds in ends:

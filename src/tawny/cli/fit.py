@@ -16,6 +16,7 @@ from tawny.words import duration, percent, size
 @recipe_verb(
     "tawny fit smollm2 --bits 4.5 --out fitted --calibration wiki --samples 16 --seqlen 1024",
     "tawny fit ./model --size 700MB --out fitted --memory 6GB --budget 20m",
+    "tawny fit ./model --size 4GB --to compressed-tensors --out small",
     "tawny fit ./model --size 700MB --to gguf --out small.gguf -m sparsegpt",
     without=CHOSEN_BY_FIT,
 )
@@ -35,13 +36,14 @@ def fit(
     ),
     to: str = option(
         "--to TARGET",
-        "packed, a folder for Tawny's own decoder; gguf, one file for llama.cpp, Ollama and LM Studio.",
+        "packed, a folder for Tawny's own decoder; gguf, one file for llama.cpp, Ollama and LM Studio; compressed-tensors, a folder for vLLM, "
+        "SGLang and transformers.",
         RECIPE,
         default="packed",
     ),
     kinds: str | None = option(
         "--kinds LIST",
-        "Of gguf: the types that tensors may get, such as q4_k,q5_k,q6_k. Default: all that Tawny solves for.",
+        "Of gguf: the types that tensors may get, such as q4_k,q5_k,q6_k; of compressed-tensors w4, w8 or bf16, as it is. Default: all.",
         RECIPE,
     ),
     template: Path | None = option(

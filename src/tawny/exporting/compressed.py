@@ -31,6 +31,8 @@ from tawny.packed.format import scales_found
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress
 from tawny.pruning.prepare import check_groups
+from tawny.record import weight_files
+from tawny.report.publish import refresh
 from tawny.run.writer import CheckpointWriter, written_at_once
 from tawny.solvers.block_grid import grid_of
 
@@ -60,7 +62,7 @@ def export_compressed(
     keys = {name: _key(ours, name) for name in schemes}
     with written_at_once(out, source, folder, overwrite=overwrite) as output:
         scales, zeros = _write(ours, schemes, keys, output, progress)
-        output.carry(folder)
+        output.carry(folder, () if type else ("run.json", "recipe.yaml", "recover.json"))
         config = json.loads((output.folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = _settings(ours, schemes)
         output.write_text("config.json", json.dumps(config, indent=2) + "\n")
@@ -68,6 +70,7 @@ def export_compressed(
         if anew:
             progress.say(f"{anew} of {len(schemes)} linears were rounded by best scales")
         total = file_bytes(output.folder)
+        _retell(output, total)
         output.deliver()
     types = Counter(kind.name for kind, _ in schemes.values())
     types["as before"] = len(ours.checkpoint.files) - len(schemes)
@@ -108,6 +111,17 @@ def _schemes(ours: Matrices, folder: Path, type: str | None, group: int | None) 
     return {
         name: (GPU_KINDS[kind], dividing(ours.linears[name].shape[1], group)) for name, kind in kinds.items()
     }
+
+
+def _retell(output: CheckpointWriter, total: int) -> None:
+    """Record, card and page of what was solved, with the files that hold it now."""
+    path = output.folder / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "record_version" in record:  # other programs call their files so too
+        record |= {"out": str(output.place.out), "bytes": total, "exported": TARGET}
+        record["files"] = weight_files(output.folder)
+        output.write_text("run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        refresh(output.folder)
 
 
 def _key(ours: Matrices, name: str) -> str:

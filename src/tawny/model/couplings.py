@@ -29,7 +29,7 @@ from tawny.model.stack import TOKENS, Call, Stack
 from tawny.model.structure import input_of, pixels_for
 from tawny.patterns import MemberKind
 
-__all__ = ["Coupling", "Rows", "check_fused", "couple", "find_couplings", "probe_of", "some_tokens"]
+__all__ = ["Coupling", "Rows", "check_fused", "couple", "find_couplings", "fused", "probe_of", "some_tokens"]
 
 _TOKENS = 64  # a ReLU that is silent for a random token is so for all of them once in 2⁶⁴
 _CLOSE = 1e-2  # of the largest output: what rounding to bfloat16 may change
@@ -144,14 +144,19 @@ def find_couplings(stack: Stack) -> list[list[Coupling]]:
     return every
 
 
+def fused(stack: Stack) -> list[tuple[str, ...]]:
+    """Names of linears that runtimes multiply as one (q/k/v; gate/up): the producers of each coupling."""
+    couplings = [coupling for some in find_couplings(stack) for coupling in some]
+    return [tuple(rows.linear.name for rows in coupling.producers) for coupling in couplings]
+
+
 def check_fused(stack: Stack, kinds: Mapping[str, str]) -> None:
-    """Refuse kinds that differ among linears which runtimes multiply as one (q/k/v; gate/up): the producers of a coupling.
+    """Refuse kinds that differ among linears which runtimes multiply as one.
 
     Raises:
         ModelError: names two of them.
     """
-    for coupling in (coupling for couplings in find_couplings(stack) for coupling in couplings):
-        first, *others = [rows.linear.name for rows in coupling.producers]
+    for first, *others in fused(stack):
         for other in others:
             if kinds.get(first) != kinds.get(other):
                 one, two = (kinds.get(name, "no kind") for name in (first, other))

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from tawny.kinds import solved_kind
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.form import Form, form_of, samples_shown, whole_kind
@@ -152,6 +153,10 @@ def _use(record: Mapping[str, Any], form: Form) -> str:
         text = "Zeros are not stored: weights are a bit mask and the survivors, in files and in memory."
     elif record.get("packed"):
         text = "Weights are integers with a scale for each group of columns, in files and in memory."
+    elif record.get("exported"):
+        text = "Weights are integers in words of 32 bits, for vLLM, SGLang, and transformers with the package compressed-tensors."
+    elif "compressed-tensors" in {solved_kind(kind).target for kind in form.kinds.values()}:
+        text = f"This folder {large}opens with plain transformers; `tawny export --to compressed-tensors` makes it small."
     elif not form.pruned:
         text = f"This folder {large}opens with plain transformers; `tawny pack` makes it small."
     else:
