@@ -62,7 +62,7 @@ class Record:
         memory: the budget, the estimate and its parts, beside which `peak_memory` was measured.
         values: the kind that each linear was solved for, where the recipe asks for kinds.
         files: bytes and SHA-256 of every weight file written.
-        packed: kinds and bytes, where the weights were packed afterwards.
+        packed: kinds and bytes, where the weights were packed afterwards; a `format` where that is another runtime's.
         rounded: what packing rounded, and unpacking does not give back: kinds of linears (`values`), `head`, `embedding`.
         fit: what `tawny fit` compared and chose, in short.
         recovery: what `tawny recover` did to the weights afterwards, in short.

@@ -12,6 +12,7 @@ import tawny
 from tawny.errors import ModelError, OutputError, RecipeError, UserError
 from tawny.kinds import GPU_KINDS
 from tawny.model.tensorfile import read_tensors
+from tawny.report.push import push
 from tests.tiny import tiny_model, tokens
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
@@ -93,6 +94,41 @@ def test_linears_of_several_kinds_have_groups_of_their_own(tmp_path):
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "solved"))
     assert torch.equal(logits(tawny.load(tmp_path / "out")), expected)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
+
+
+def test_a_prune_writes_what_runtimes_open(run, tmp_path):
+    tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "model")
+    given = ["-m", "magnitude", "-o", "exclude=*.o_proj"]
+    code, _, err = run("prune", tmp_path / "model", "--values", "w4", "--out", tmp_path / "small", *given)
+    assert code == 0, err
+    assert "comparing" in err and not (tmp_path / "small.partial").exists()
+    record = json.loads((tmp_path / "small" / "run.json").read_text())
+    assert record["packed"]["format"] == "compressed-tensors" and record["out"] == str(tmp_path / "small")
+    assert "import tawny" not in (tmp_path / "small" / "README.md").read_text()
+    tawny.prune(tmp_path / "model", tmp_path / "solved", values="w4", solver="magnitude", exclude="*.o_proj")
+    assert torch.equal(logits(tawny.load(tmp_path / "small")), logits(tawny.load(tmp_path / "solved")))
+    assert push(tmp_path / "small", "a/b", dry_run=True).files["report.html"]
+    tawny.export(tmp_path / "small", tmp_path / "again", "compressed-tensors")
+    first, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("small", "again"))
+    assert first == again
+    code, _, err = run("prune", tmp_path / "model", "--values", "q4_0", "--out", tmp_path / "gguf", *given)
+    assert code == 0 and (tmp_path / "gguf" / "gguf.blocks").is_file(), err
+    code, _, err = run(
+        "prune", tmp_path / "model", "--values", "w4", "--pack", "int4", "--out", tmp_path / "p"
+    )
+    assert code == 2 and "w4 is a kind for GPUs, which no packed folder holds" in err
+
+
+def test_a_recovery_trains_norms_and_leaves_the_grid(tmp_path):
+    tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "model")
+    tawny.prune(tmp_path / "model", tmp_path / "solved", values="w4", **KEYS)
+    keys = {"text": tokens(8, 24), "held_out": tokens(2, 24, seed=3), "tokens": 24 * 64}
+    with pytest.raises(RecipeError, match="was solved for w4, and only grids of packed folders are trained"):
+        tawny.recover(tmp_path / "solved", tmp_path / "model", tmp_path / "out", **keys)
+    tawny.recover(tmp_path / "solved", tmp_path / "model", tmp_path / "out", train="norms", lr=0.02, **keys)
+    tawny.export(tmp_path / "out", tmp_path / "small", "compressed-tensors")
+    assert torch.equal(logits(tawny.load(tmp_path / "small")), logits(tawny.load(tmp_path / "out")))
+    assert not torch.equal(logits(tawny.load(tmp_path / "small")), logits(tawny.load(tmp_path / "solved")))
 
 
 @pytest.mark.parametrize("solver", ["magnitude", "wanda", "alps"])

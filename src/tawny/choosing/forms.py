@@ -31,7 +31,7 @@ from tawny.model.streams import Samples
 from tawny.packed import format
 from tawny.packed.folder import INDEX
 from tawny.pruning.packing import prune_and_pack
-from tawny.pruning.prepare import Job
+from tawny.pruning.prepare import Job, off_tiles
 from tawny.pruning.run import prune
 from tawny.pruning.session import Session
 from tawny.recipe.schema import Recipe
@@ -203,6 +203,8 @@ class CompressedTensors(Form):
 
     def sizes(self, session: Session, settings: FitSettings) -> Sizes:
         job = session.job
+        for line in off_tiles(job):
+            session.run.progress.say(line)
         kinds = kinds_named(settings.kinds, kinds_of(job), "kinds for GPUs, and that of the weights,")
         return CompressedSize(job, kinds, fused(job.stack))
 

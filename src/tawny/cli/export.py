@@ -25,7 +25,6 @@ def _file(text: str) -> Path:
     "tawny export ./model --to gguf --out model-q4.gguf --type Q4_K --imatrix model.imatrix.gguf",
     "tawny export solved --to compressed-tensors --out small",
     "tawny export ./model --to imatrix --out model.imatrix.gguf --calibration wiki --samples 16 --seqlen 1024",
-    "tawny export pruned --to gguf --out pruned.gguf --template original-f16.gguf",
 )
 def export(
     model: Model,

@@ -16,7 +16,6 @@ from tawny.words import duration, percent, size
 @recipe_verb(
     "tawny fit smollm2 --bits 4.5 --out fitted --calibration wiki --samples 16 --seqlen 1024",
     "tawny fit ./model --size 700MB --out fitted --memory 6GB --budget 20m",
-    "tawny fit ./model --size 4GB --to compressed-tensors --out small",
     "tawny fit ./model --size 700MB --to gguf --out small.gguf -m sparsegpt",
     without=CHOSEN_BY_FIT,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from tawny.cli.options import OUTPUT, Memory, Model, Out, StartOver, option, pac
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.errors import UserError
-from tawny.kinds import KINDS, names_of
+from tawny.kinds import KINDS, names_of, solved_kind
 from tawny.process_group import speaks
 from tawny.report.frames import Frame, Result, facts, parts
 from tawny.report.view import quality
@@ -49,11 +50,13 @@ def prune(
     """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""
     chosen = given.recipe()
     values = None if pack is None else packed_values(pack)
-    packing = values is not None or bool(chosen.values.names)
+    targets = {solved_kind(name).target for name in chosen.values.names}
+    packing = values is not None or bool(targets - {"gguf"})
     for end, kind in (("head", chosen.values.head), ("embedding", chosen.values.embedding)):
         if kind is not None and not packing:
             raise UserError(f"{end}={kind} is of a packed folder: give --pack or --values, too")
     windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
+    from tawny.exporting.compressed import TARGET, export_compressed
     from tawny.pruning.packing import prune_and_pack
 
     with console.progress() as progress:
@@ -64,8 +67,10 @@ def prune(
             "memory": memory,
         }
         if packing:
-            record = prune_and_pack(model, out, values, **keys)
-            if speaks():
+            exports = values is None and TARGET in targets
+            export = partial(export_compressed, progress=progress) if exports else None
+            record = prune_and_pack(model, out, values, export=export, **keys)
+            if speaks() and not exports:
                 unpack = f"tawny unpack {shlex.quote(str(out))}"
                 progress.say(f"the dense checkpoint was removed; `{unpack}` writes it again")
         else:

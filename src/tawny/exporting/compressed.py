@@ -27,14 +27,13 @@ from tawny.model.couplings import check_fused
 from tawny.model.source import resolve
 from tawny.model.structure import find_blocks
 from tawny.packed.convert import solved_for
-from tawny.packed.format import scales_found
+from tawny.packed.format import scales_of
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress
 from tawny.pruning.prepare import check_groups
 from tawny.record import weight_files
 from tawny.report.publish import refresh
 from tawny.run.writer import CheckpointWriter, written_at_once
-from tawny.solvers.block_grid import grid_of
 
 TARGET = "compressed-tensors"
 _FORMAT = "pack-quantized"
@@ -70,7 +69,7 @@ def export_compressed(
         if anew:
             progress.say(f"{anew} of {len(schemes)} linears were rounded by best scales")
         total = file_bytes(output.folder)
-        _retell(output, total)
+        _retell(output, total, ours.checkpoint.bytes_in(None))
         output.deliver()
     types = Counter(kind.name for kind, _ in schemes.values())
     types["as before"] = len(ours.checkpoint.files) - len(schemes)
@@ -113,12 +112,13 @@ def _schemes(ours: Matrices, folder: Path, type: str | None, group: int | None) 
     }
 
 
-def _retell(output: CheckpointWriter, total: int) -> None:
+def _retell(output: CheckpointWriter, total: int, dense: int) -> None:
     """Record, card and page of what was solved, with the files that hold it now."""
     path = output.folder / "run.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "record_version" in record:  # other programs call their files so too
-        record |= {"out": str(output.place.out), "bytes": total, "exported": TARGET}
+        record |= {"out": str(output.place.out), "bytes": total}
+        record["packed"] = {"format": TARGET, "source_bytes": dense, "ratio": total / max(1, dense)}
         record["files"] = weight_files(output.folder)
         output.write_text("run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         refresh(output.folder)
@@ -171,11 +171,7 @@ def _scales(W_OI: Tensor, kind: Kind, columns: int, name: str) -> Tensor:
     """[O, S] in the type of the weight: those that it was solved with, and the best ones elsewhere."""
     if not bool(W_OI.isfinite().all()):
         raise CheckpointError(f"{name!r} holds a number that is not finite; nothing is exported")
-    found_OS = scales_found(W_OI, kind, columns, whole=True)
-    if bool(found_OS.isnan().any()):
-        best_OS = grid_of(kind.name, columns, W_OI.shape[1]).fit(W_OI.float())
-        found_OS = torch.where(found_OS.isnan(), best_OS, found_OS)
-    held_OS = found_OS.to(W_OI.dtype)
+    held_OS = scales_of(W_OI, kind, columns, whole=True).to(W_OI.dtype)
     return held_OS.where(held_OS != 0, 1)  # of a group of zeros: a runtime may divide by it
 
 

@@ -27,7 +27,6 @@ __all__ = [
     "full_masks",
     "naming",
     "pack",
-    "scales_found",
     "scales_of",
     "unpack",
     "whole",
@@ -290,26 +289,10 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
 
     Each scale is tried first that makes the largest weight of the group a level: the least-squares scale for the nearest
     levels, and its neighbours. One that gives every weight back bit for bit is taken. A checkpoint in 16 bits stored
-    scale × level rounded, and so a weight that was solved on the grid comes back as it is. Eight bits of other weights
-    follow the largest one.
+    scale × level rounded, and so a weight that was solved on the grid comes back as it is. Eight packed bits of
+    other weights follow the largest one.
     """
-    found_OS = scales_found(stored_OI, kind, group, whole)
-    if not bool(found_OS.isnan().any()):
-        return found_OS
-    grid = ScaledGrid(kind.grid, group)
-    if kind.bits == 8:
-        largest_OS = largest(stored_OI, grid).abs().float() / kind.largest
-        usual_OS = largest_OS if group is None else _bf16_up(largest_OS).float()
-    else:
-        W_OI = stored_OI.float()
-        keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
-        usual_OS = grid.suiting(W_OI).fit(W_OI, None, keep_OI)
-    return torch.where(found_OS.isnan(), usual_OS, found_OS)
-
-
-def scales_found(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = False) -> Tensor:
-    """float32 [O, 1 or ceil(I / group)]: scales that give every weight back bit for bit, NaN where there is none."""
-    grid = ScaledGrid(kind.grid, group)
+    grid = ScaledGrid(kind.grid, group, long=kind.target != "packed")
     rows, stored_GC = len(stored_OI), grid.split(stored_OI).flatten(0, 1)
     groups, width = stored_GC.shape
     device = stored_OI.device
@@ -330,7 +313,17 @@ def scales_found(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool =
         every_G = torch.arange(groups, device=device)
         parts = [every_G[top : top + size] for top in range(0, groups, size)]
         found_G = torch.cat([again(part, tries) for part in parts])
-    return found_G.view(rows, -1)
+    found_OS = found_G.view(rows, -1)
+    if not bool(found_G.isnan().any()):
+        return found_OS
+    if kind.bits == 8 and kind.target == "packed":
+        largest_OS = stored_GC.abs().amax(1).view(rows, -1).float() / kind.largest
+        usual_OS = largest_OS if group is None else _bf16_up(largest_OS).float()
+    else:
+        W_OI = stored_OI.float()
+        keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
+        usual_OS = grid.suiting(W_OI).fit(W_OI, None, keep_OI)
+    return torch.where(found_OS.isnan(), usual_OS, found_OS)
 
 
 def _tries(kind: Kind) -> list[_Try]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["prune_and_pack"]
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,21 @@ def prune_and_pack(
     recipe: Recipe,
     progress: Progress = silent,
     overwrite: bool = False,
+    export: Callable[[Path, Path], Any] | None = None,
     **keys: Any,
 ) -> Record:
     """`prune`, and `pack` what it wrote into `out`; the dense checkpoint is not kept. Unpacking gives it back.
 
     Args:
         values: kind of the survivors; None is what the recipe solves for.
+        export: writes a dense folder as another, in place of packing it.
         keys: of `prune`.
 
     Raises:
         UserError: something asked for cannot be done.
         NumericalError: a weight cannot be pruned or packed; names the linear.
     """
-    for name in recipe.values.names:
+    for name in recipe.values.names if export is None else ():
         kind_of(name)  # refuses what no packed folder holds
     folder = resolve(source, progress.say)
     place = Workplace(place_of(out))
@@ -59,7 +63,8 @@ def prune_and_pack(
         place.begin()
 
     def end() -> None:
-        place.folder("packed", lambda made: pack(dense, made, values, progress=progress))
+        write = partial(pack, values=values, progress=progress) if export is None else export
+        place.folder("packed", lambda made: write(dense, made))
         record = Record.read(packed / "run.json")
         record.out = str(place.out)
         publish(record, packed)

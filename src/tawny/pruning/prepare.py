@@ -12,6 +12,7 @@ __all__ = [
     "check_widths",
     "demand_of",
     "notices",
+    "off_tiles",
     "output_count",
     "prepare",
     "profile_count",
@@ -290,12 +291,8 @@ def notices(job: Job, tokens: int) -> list[str]:
         said.append(
             "uniform kept more than other allocators in nearly every trial on encoders: try -a uniform"
         )
-    rough = [x for linears in job.by_block for x in linears if x.shape[0] % _TILE[0] or x.shape[1] % _TILE[1]]
-    if rough and any(kind in GPU_KINDS for kind in job.recipe.values.names):
-        said.append(
-            f"{len(rough)} linears, first {rough[0].name} {list(rough[0].shape)}, are no multiples of {list(_TILE)}, which the Marlin "
-            "kernels of vLLM need: slower ones multiply them, or none"
-        )
+    if any(kind in GPU_KINDS for kind in job.recipe.values.names):
+        said += off_tiles(job)
     widest = max((linear for linears in job.by_block for linear in linears), key=lambda x: x.shape[1])
     if job.needs == "hessian" and tokens < widest.shape[1]:
         said.append(
@@ -303,6 +300,16 @@ def notices(job: Job, tokens: int) -> list[str]:
             "fits so few too closely; give more samples"
         )
     return said
+
+
+def off_tiles(job: Job) -> list[str]:
+    """Which linears the quickest kernels on GPUs do not take, if any."""
+    off = [x for linears in job.by_block for x in linears if x.shape[0] % _TILE[0] or x.shape[1] % _TILE[1]]
+    return [
+        f"{len(off)} linears, first {off[0].name} {list(off[0].shape)}, are no multiples of {list(_TILE)}, which the Marlin kernels of "
+        "vLLM need: slower ones multiply them, or none"
+        for _ in off[:1]
+    ]
 
 
 def profile_count(recipe: Recipe, samples: int, seqlen: int) -> int:

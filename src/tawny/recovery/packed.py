@@ -15,7 +15,7 @@ from torch import Tensor
 from tawny.calibration.mixture import texts_identity
 from tawny.errors import RecipeError
 from tawny.evaluation.sources import reads_on
-from tawny.kinds import kind_of
+from tawny.kinds import kind_of, solved_kind
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.identity import source_identity, tensor_digest
 from tawny.model.source import load_tokenizer
@@ -38,6 +38,7 @@ def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[
     int8 in groups is left out: its scales follow the largest weight, and are not found again once it has moved.
     """
     solved, kinds = solved_for(folder)
+    refuse_trained(settings, solved.names, folder)
     if not solved.of or settings.method.weights != "trained" or settings.values is not None:
         return {}
     if settings.shard:
@@ -47,6 +48,16 @@ def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[
         )
     progress.say(f"training through the grids of {', '.join(solved.of)}, which {folder} was solved for")
     return {name: kind for name, kind in kinds.items() if kind_of(kind).bits < 8 or solved.group_size is None}
+
+
+def refuse_trained(settings: Recovery, kinds: Iterable[str], folder: Path) -> None:
+    """Raise a RecipeError for weights of other runtimes' kinds that would be trained off their grid."""
+    other = next((name for name in kinds if solved_kind(name).target != "packed"), None)
+    if other is not None and settings.method.weights == "trained":
+        kept = " or ".join(f"train={name}" for name, method in METHODS.items() if method.weights == "kept")
+        raise RecipeError(
+            f"{folder} was solved for {other}, and only grids of packed folders are trained through: give {kept}"
+        )
 
 
 def check_grid(settings: Recovery, folder: Path) -> None:
@@ -78,7 +89,7 @@ def check_values(settings: Recovery, folder: Path) -> None:
 
 def check_factors(settings: Recovery, kinds: Iterable[str], what: str) -> None:
     """Raise a RecipeError for factors whose product would leave a grid of few bits; packing would then undo the training."""
-    few = sorted(name for name in kinds if kind_of(name).bits < 8)
+    few = sorted(name for name in kinds if solved_kind(name).bits < 8 or solved_kind(name).target != "packed")
     if few and settings.method.weights == "added to":
         through = [f"train={name}" for name, method in METHODS.items() if method.weights == "trained"]
         beside = [f"train={name}" for name, method in METHODS.items() if method.weights == "kept"]

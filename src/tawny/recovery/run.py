@@ -27,7 +27,7 @@ from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
 from tawny.progress import Progress, silent
 from tawny.recovery.dense import RecoveryRequest, recover_dense
-from tawny.recovery.packed import check_grid, recover_packed, several_kinds
+from tawny.recovery.packed import check_grid, recover_packed, refuse_trained, several_kinds
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
 from tawny.run.place import place_of
@@ -106,6 +106,7 @@ def _on_its_grid(settings: Recovery, folder: Path, progress: Progress) -> Recove
     """The settings, with the values and the group that a dense folder was solved for, where it was."""
     solved, _ = solved_for(folder)
     kind, group = solved.kind, solved.group_size
+    refuse_trained(settings, solved.names, folder)
     if kind is None or settings.method.weights != "trained" or settings.values not in (None, kind):
         return settings
     if kind_of(kind).bits == 8 and group is not None:

@@ -149,12 +149,12 @@ def _untouched(record: Mapping[str, Any], recovered: bool) -> str:
 
 def _use(record: Mapping[str, Any], form: Form) -> str:
     large = "" if record["recipe"].get("dtype") else "is as large as the dense one and "
-    if record.get("packed") and form.pruned:
+    if _for_gpus(record):
+        text = "Weights are integers in words of 32 bits, for vLLM, SGLang, and transformers with the package compressed-tensors."
+    elif record.get("packed") and form.pruned:
         text = "Zeros are not stored: weights are a bit mask and the survivors, in files and in memory."
     elif record.get("packed"):
         text = "Weights are integers with a scale for each group of columns, in files and in memory."
-    elif record.get("exported"):
-        text = "Weights are integers in words of 32 bits, for vLLM, SGLang, and transformers with the package compressed-tensors."
     elif "compressed-tensors" in {solved_kind(kind).target for kind in form.kinds.values()}:
         text = f"This folder {large}opens with plain transformers; `tawny export --to compressed-tensors` makes it small."
     elif not form.pruned:
@@ -165,9 +165,17 @@ def _use(record: Mapping[str, Any], form: Form) -> str:
     return f"## Use\n\n{text}\n\n```python\n{code}\n```"
 
 
+def _for_gpus(record: Mapping[str, Any]) -> bool:
+    return "format" in (record.get("packed") or {})
+
+
 def opening(record: Mapping[str, Any], folder: str) -> str:
     """Python that opens the model; `folder` is an expression."""
-    first = "import tawny  # teaches transformers to open packed weights\n" if record.get("packed") else ""
+    first = (
+        "import tawny  # teaches transformers to open packed weights\n"
+        if record.get("packed") and not _for_gpus(record)
+        else ""
+    )
     classes = _classes(record)
     names = ("model", "tokenizer" if "AutoTokenizer" in classes else "processor")
     lines = [f"{name} = {kind}.from_pretrained({folder})" for name, kind in zip(names, classes, strict=False)]

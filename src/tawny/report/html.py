@@ -359,6 +359,8 @@ def _command(record: Mapping[str, Any]) -> str:
     packed = record.get("packed") or {}
     how = f" -c {shlex.quote(str(record['out']))}/run.json"
     begun, asked = shlex.quote(f"{record['out']}-again-begun"), record["recipe"].get("values") or {}
+    if any(solved_kind(kind).target != "packed" for kind in record["values"].values()):
+        return f"tawny prune {source} --out {again}{how}"
     if not packed.get("values"):
         rounded = record.get("rounded") or {}
         if not record["values"] and not rounded:
