@@ -89,6 +89,11 @@ def test_linears_of_several_kinds_have_groups_of_their_own(tmp_path):
         **KEYS | {"allocator": str(tmp_path / "kinds.yaml"), "exclude": "*.o_proj"},
         values={"of": ["w4", "w8"], "group_size": 64},
     )
+    (tmp_path / "apart.yaml").write_text('allocation: {"*": 0}\nvalues: {"*": w4, "*.up_proj": w8}\n')
+    with pytest.raises(
+        ModelError, match=r"gate_proj has w4 and .*up_proj w8: runtimes on GPUs multiply them"
+    ):
+        tawny.prune(tmp_path / "model", tmp_path / "p", **KEYS | {"allocator": str(tmp_path / "apart.yaml")})
     report = tawny.export(tmp_path / "solved", tmp_path / "out", "compressed-tensors")
     assert (report.types["w4"], report.types["w8"]) == (10, 2)
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "solved"))
@@ -172,7 +177,7 @@ def test_what_cannot_be_solved_is_refused(tmp_path, values, keys, error, says):
         ("llama", ["q4_k"], {}, UserError, "--type 'q4_k' is no kind for GPUs; choose w8 or w4"),
         ("llama", ["w4"], {"template": "a.gguf"}, UserError, "--to compressed-tensors takes no --template"),
         ("llama", ["w4"], {"out": "model"}, OutputError, "model"),
-        ("mixtral", ["w4"], {}, ModelError, "experts.* is an expert of a fused tensor, which"),
+        ("mixtral", ["w4"], {}, ModelError, "experts.* is an expert of a fused tensor, and transformers"),
         ("gpt2", ["w4"], {}, ModelError, r"is stored as \[in, out\], which a compressed-tensors"),
     ],
 )

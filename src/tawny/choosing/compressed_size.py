@@ -45,7 +45,7 @@ class CompressedSize(Sizes):
         checkpoint = job.stack.checkpoint
         assert checkpoint is not None
         linears = [linear for group in job.by_block for linear in group]
-        check_groups(linears, "w4", None)
+        check_groups(linears, linears, "w4", None)
         self._widths = {linear.shape[1] for linear in linears}
         self.kinds, self.together = tuple(kinds) or kinds_of(job), together
         units = {target: unit for unit in checkpoint.units for target in unit.targets}

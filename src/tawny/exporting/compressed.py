@@ -106,7 +106,8 @@ def _schemes(ours: Matrices, folder: Path, type: str | None, group: int | None) 
         )
     for kind in set(kinds.values()):
         solved_kind(kind, group)
-        check_groups([ours.linears[name] for name, own in kinds.items() if own == kind], kind, group)
+        chosen = [ours.linears[name] for name, own in kinds.items() if own == kind]
+        check_groups(chosen, ours.linears.values(), kind, group)
     return {
         name: (GPU_KINDS[kind], dividing(ours.linears[name].shape[1], group)) for name, kind in kinds.items()
     }

@@ -204,7 +204,9 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         if recipe.values.names and recipe.values.names[0] in GGUF_KINDS:
             check_widths(chosen)
         if recipe.values.names and recipe.values.names[0] in GPU_KINDS:
-            check_groups(chosen, recipe.values.names[0], recipe.values.group_size)
+            check_groups(
+                chosen, (x for some in every for x in some), recipe.values.names[0], recipe.values.group_size
+            )
         if isinstance(pattern, NM):
             _check_grids(recipe, pattern, {linear.shape[1] for linear in chosen})
     couplings: list[list[Coupling]] = []
@@ -236,13 +238,22 @@ def check_widths(linears: Sequence[Linear]) -> None:
             )
 
 
-def check_groups(linears: Sequence[Linear], kind: str, group: int | None) -> None:
-    """Refuse a linear that compressed-tensors does not hold in one of `GPU_KINDS`."""
+def check_groups(linears: Sequence[Linear], every: Iterable[Linear], kind: str, group: int | None) -> None:
+    """Refuse what compressed-tensors does not hold in one of `GPU_KINDS`.
+
+    Args:
+        every: linears of the model, those that stay too.
+    """
+    if expert := next((linear for linear in every if linear.expert is not None), None):
+        raise ModelError(
+            f"{expert.name} is an expert of a fused tensor, and transformers opens no compressed-tensors checkpoint of such a model: "
+            "choose kinds of packed folders, such as int4"
+        )
     for linear in linears:
-        if linear.expert is not None or linear.transposed:
-            how = "an expert of a fused tensor" if linear.expert is not None else "stored as [in, out]"
+        if linear.transposed:
             raise ModelError(
-                f"{linear.name} is {how}, which a compressed-tensors checkpoint does not hold as {kind}: leave it out (-o exclude=…)"
+                f"{linear.name} is stored as [in, out], which a compressed-tensors checkpoint does not hold as {kind}: leave it out "
+                "(-o exclude=…)"
             )
         if not dividing(linear.shape[1], group):
             raise RecipeError(
