@@ -531,3 +531,7 @@ def test_a_text_that_is_too_long_does_not_end_a_chat_and_a_cut_answer_is_told(ru
     code, shown, err = run("chat", tmp_path, "-t", 0, "-n", 3)
     assert code == 0 and shown.strip(), err
     assert "the context is 1024; shorten it\nthe answer was cut at 3 tokens" in err
+
+
+def test_a_head_of_a_gguf_file_needs_no_packed_folder(recipe_of):
+    assert recipe_of("--values", "q4_0", "-o", "values.head=q6_k").values.head == "q6_k"

@@ -53,7 +53,7 @@ def prune(
     targets = {solved_kind(name).target for name in chosen.values.names}
     packing = values is not None or bool(targets - {"gguf"})
     for end, kind in (("head", chosen.values.head), ("embedding", chosen.values.embedding)):
-        if kind is not None and not packing:
+        if kind is not None and not packing and solved_kind(kind).target != "gguf":
             raise UserError(f"{end}={kind} is of a packed folder: give --pack or --values, too")
     windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
     from tawny.exporting.compressed import TARGET, export_compressed
