@@ -101,7 +101,8 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path, folder, keys, says):
         tawny.prune(folder, tmp_path / "out", **{**KEYS, **keys})
 
 
-def test_no_packed_folder_is_made_of_it(tmp_path, folder):
+@pytest.mark.parametrize("values", ["q4_0", {"kind": "int4", "head": "q4_0"}])
+def test_no_packed_folder_is_made_of_it(tmp_path, folder, values):
     with pytest.raises(UserError, match="q4_0 is a type of GGUF files, which no packed folder holds"):
-        prune_and_pack(folder, tmp_path / "out", recipe=resolve_recipe(values="q4_0", sparsity=0.0))
+        prune_and_pack(folder, tmp_path / "out", recipe=resolve_recipe(values=values, sparsity=0.0))
     assert not (tmp_path / "out").exists()

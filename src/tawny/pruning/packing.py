@@ -45,7 +45,8 @@ def prune_and_pack(
         UserError: something asked for cannot be done.
         NumericalError: a weight cannot be pruned or packed; names the linear.
     """
-    for name in recipe.values.names if export is None else ():
+    named = recipe.values
+    for name in filter(None, (*named.names, named.head, named.embedding) if export is None else ()):
         kind_of(name)  # refuses what no packed folder holds
     folder = resolve(source, progress.say)
     place = Workplace(place_of(out))
