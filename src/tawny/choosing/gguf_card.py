@@ -23,7 +23,9 @@ def gguf_card(facts: Mapping[str, Any]) -> str:
     recipe = facts["recipe"]
     counts = Counter(each["kind"] for each in facts["linears"].values())
     kinds = [name for name in GGUF_KINDS if counts[name]]
-    text = recipe["calibration"]["text"]
+    given = recipe["calibration"]["text"]
+    # Names of files, and not where they lie on the machine that made this.
+    text = ", ".join(Path(each).name for each in ([given] if isinstance(given, str) else given))
     seen = f"{recipe['calibration']['samples']} × {recipe['calibration']['seqlen']} tokens"
     lines = [
         "---",
