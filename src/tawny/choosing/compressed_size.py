@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CompressedSize"]
+__all__ = ["CompressedSize", "kinds_of"]
 
 import json
 from collections.abc import Sequence
@@ -47,7 +47,8 @@ class CompressedSize(Sizes):
         linears = [linear for group in job.by_block for linear in group]
         check_groups(linears, linears, "w4", None)
         self._widths = {linear.shape[1] for linear in linears}
-        self.kinds, self.together = tuple(kinds) or kinds_of(job), together
+        self._every = kinds_of(job)
+        self.kinds, self.together = tuple(kinds) or self._every, together
         units = {target: unit for unit in checkpoint.units for target in unit.targets}
         self._keys = {linear.name: units[linear.key].sources[0] for linear in linears}
         self._dense = {name: checkpoint.bytes_of(key) for name, key in self._keys.items()}
@@ -56,6 +57,10 @@ class CompressedSize(Sizes):
         inside = set(self._keys.values())
         rest = [key for key in checkpoint.files if key not in inside]
         self.rest = float(_REST + sum(checkpoint.bytes_of(key) + self._named(key, 3) for key in rest))
+
+    @property
+    def every(self) -> tuple[str, ...]:
+        return self._every
 
     def groups(self, kind: str) -> Sequence[int | None]:
         sizes = [

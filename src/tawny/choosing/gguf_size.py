@@ -66,8 +66,11 @@ class GGUFSize(Sizes):
         outside, inside, tied = ends_of(model)
         self.template, self.kinds = template, kinds
         widths = {model.get_submodule(end).weight.shape[1] for end in (outside, inside) if end}
-        ends = [name for name in _ENDS if name in kinds] or [kinds[0]]
-        self.ends = tuple(dict.fromkeys(fitting(name, min(widths)) for name in ends)) if widths else ()
+        self._measured_ends = (
+            tuple(dict.fromkeys(fitting(name, min(widths)) for name in _ENDS)) if widths else ()
+        )
+        # Of types that no end is measured in, such as Q4_0, the ends are free.
+        self.ends = tuple(name for name in self._measured_ends if name in kinds) or self._measured_ends
         self.head, self.tied = outside, inside if tied else None
         self.embedding = None if tied else inside
         self._head = f"{inside if tied else outside}.weight"
@@ -76,6 +79,14 @@ class GGUFSize(Sizes):
         self.embedding_numel = model.get_parameter(self._table).numel() if self.embedding else 0
         self.rest = float(template.rest)
         self._known: dict[tuple[str, str], int] = {}
+
+    @property
+    def every(self) -> tuple[str, ...]:
+        return tuple(GGUF_KINDS)
+
+    @property
+    def every_end(self) -> tuple[str, ...]:
+        return self._measured_ends
 
     def grid(self, kind: str, width: int) -> Grid:
         return grid_of(fitting(kind, width))

@@ -153,10 +153,10 @@ def _rounded(
         return on_grid(Solution(W, kept), grid.suiting(W_OI), known).weight
 
     block.session.run.progress.detail(f"rounding {linear.name}", 0, 0)
-    bits = dict.fromkeys(sizes.kinds, 0.0)  # of floats, which stay as they are
+    bits = dict.fromkeys(sizes.every, 0.0)  # of floats, which stay as they are
     rounds = {}
     probe = ScaledGrid(KINDS[PROBE].grid, KINDS[PROBE].span(None))
-    grids = {kind: sizes.grid(kind, linear.shape[1]) for kind in sizes.kinds if solved_kind(kind).scaled} | {
+    grids = {kind: sizes.grid(kind, linear.shape[1]) for kind in sizes.every if solved_kind(kind).scaled} | {
         PROBE: probe
     }
     whole = energy(W_RI, H_II)
@@ -265,12 +265,12 @@ def react_ends(session: Session, size: Sizes, scorer: Scorer) -> dict[str, dict[
     stack, samples = session.job.stack, scorer.held_out
     lost: dict[str, dict[str, float]] = {"head": {}, "embedding": {}}
     names = {"head": size.head, "embedding": size.embedding}
-    kinds = len(size.ends) * sum(name is not None for name in names.values())
+    kinds = len(size.every_end) * sum(name is not None for name in names.values())
     session.run.progress.phase("rounding head and embedding", kinds, "kinds")
     stack.logits(samples.tokens[:1, :1], scorer.hidden[:1, :1])  # a head of its own is read now
     for end, name in names.items():
         module: Any = None if name is None else stack.model.get_submodule(name)
-        for kind in () if module is None else size.ends:
+        for kind in () if module is None else size.every_end:
             lost[end][kind] = math.inf  # a model that breaks down is not chosen
             with suppress(NumericalError):
                 W = module.weight.detach()

@@ -41,6 +41,8 @@ class Sizes(Limit, Protocol):
     Attributes:
         kinds: of linears, the most bits first.
         ends: kinds of the head, and of an embedding that shares no weight with it.
+        every, every_end: the kinds of both that are measured, whatever a person restricts the choice to, so that the measures serve
+            another choice.
         sparsities: of linears.
         head, embedding: module paths; None where there is none that may be rounded.
         tied: module path of an embedding that shares its weight with the head.
@@ -57,6 +59,14 @@ class Sizes(Limit, Protocol):
     head_numel: int
     embedding_numel: int
     together: Sequence[tuple[str, ...]] = ()
+
+    @property
+    def every(self) -> tuple[str, ...]:
+        return self.kinds
+
+    @property
+    def every_end(self) -> tuple[str, ...]:
+        return self.ends
 
     def groups(self, kind: str) -> Sequence[int | None]:
         """Columns of a scale that all linears may have."""

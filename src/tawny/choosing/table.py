@@ -77,8 +77,12 @@ class Table:
         self.costs = [[self.cost(x.name, level) for level in self.every] for x in self.linears]
         self.takes = [[self._takes(self.limit, x, level) for level in self.every] for x in self.linears]
         # By kind what it costs; of None the head stays as it is, and the embedding shares its weight with the head.
-        self.heads = dict[str | None, float]([(None, 0.0), *measured.head.items()])
-        self.embeddings = dict[str | None, float](measured.embedding.items()) or {None: 0.0}
+        head, table = (
+            {kind: lost for kind, lost in end.items() if kind in room.sizes.ends}
+            for end in (measured.head, measured.embedding)
+        )
+        self.heads = dict[str | None, float]([(None, 0.0), *head.items()])
+        self.embeddings = dict[str | None, float](table.items()) or {None: 0.0}
 
     def cost(self, name: str, level: Level) -> float:
         return self.measured.reactions[name] * self.measured.measures[name].relative(level)
@@ -135,7 +139,7 @@ class Table:
         fitting = []
         ends = [
             (self._lost_by_ends(*kinds), self._ends(self.limit, *kinds), kinds)
-            for kinds in product(self.heads, [None, *self.measured.embedding])
+            for kinds in product(self.heads, [None, *filter(None, self.embeddings)])
         ]
         for kind in self.room.sizes.kinds:
             of = dict.fromkeys((x.name for x in self.linears), Level(0.0, kind))
