@@ -28,9 +28,7 @@ from tawny.recipe.schema import Recipe
 from tawny.report.pages import write_beside
 from tawny.words import size
 
-Make = Callable[
-    [Path, Recipe], int
-]  # what makes the model of a recipe in a folder, and says the bytes of its files
+Make = Callable[..., int]  # what makes the model of a `recipe` in a folder, and says the bytes of its files
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def judge_all(
                 folder.parent.mkdir(exist_ok=True)
                 if not folder.exists():
                     run.progress.say(f"making {finalist.name} ({size(finalist.bytes)})")
-                taken = make(folder, _recipe_of(session, base, finalist, folder))
+                taken = make(folder, recipe=_recipe_of(session, base, finalist, folder))
                 judging = partial(judge, session, folder, finalist, deciding, taken)
                 row = run.journal.once(f"finalist {number}", judging)
             except NumericalError as error:

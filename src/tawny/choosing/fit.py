@@ -149,7 +149,7 @@ def fit(
             samples=True,
             demand=partial(FitDemand.of, settings),
             held_out=partial(_held_out, settings),
-            check=partial(check_target, target, FORMS[settings.to].known),
+            check=partial(check_target, target, partial(FORMS[settings.to].known, settings)),
             identity={"verb": "fit", "fit": {**asdict(target), **asdict(settings)}},
         ),
         progress,
@@ -241,7 +241,10 @@ def _fit(
         warnings.append(f"refining broke down and takes no part: {error}")
     names = "; ".join(each.name for each in finalists)
     session.run.progress.say(f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {names}")
-    make = partial(form.make, session, room.sizes, samples, memory=memory, tokenizer=tokenizer)
+    assert job.folder is not None
+    keys = {"memory": memory, "tokenizer": tokenizer}
+    keys |= {"calibration": samples} if session.held_out is None else {}
+    make = partial(form.make, job.folder, room.sizes, progress=session.run.progress, **keys)
     base = resolve_recipe(job.recipe, solver="wanda") if settings.quick else job.recipe
     judged, broken = judge_all(session, base, finalists, deciding, make)
     if not judged:

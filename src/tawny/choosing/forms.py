@@ -1,4 +1,7 @@
-"""What a fit writes: a packed folder, one GGUF file, or a compressed-tensors checkpoint. Each is made, weighed and delivered here; a new one is an entry of FORMS."""
+"""What a fit writes: a packed folder, one GGUF file, or a compressed-tensors checkpoint.
+
+Each is made, weighed and delivered here; a new one is an entry of FORMS.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ __all__ = ["FORMS", "Form"]
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, final
 
@@ -27,14 +31,13 @@ from tawny.gguf_kinds import GGUF_KINDS
 from tawny.model.checkpoint import file_bytes
 from tawny.model.couplings import fused
 from tawny.model.source import gguf_behind
-from tawny.model.streams import Samples
 from tawny.packed import format
 from tawny.packed.folder import INDEX
+from tawny.progress import Progress
 from tawny.pruning.packing import prune_and_pack
-from tawny.pruning.prepare import Job, off_tiles
+from tawny.pruning.prepare import Job, check_widths, off_tiles
 from tawny.pruning.run import prune
 from tawny.pruning.session import Session
-from tawny.recipe.schema import Recipe
 from tawny.record import finite
 from tawny.report.pages import write_beside
 from tawny.run.place import accepts_checkpoint
@@ -53,28 +56,22 @@ class Form(Protocol):
         """Raise an OutputError unless `out` is free, or may be replaced."""
         ...
 
-    def known(self, job: Job) -> Sizes | None:
-        """What is known of sizes before any work; None where a file tells them that is yet to be made."""
+    def known(self, settings: FitSettings, job: Job) -> Sizes | None:
+        """What is known of sizes before any work; None where a file tells them that is yet to be made.
+
+        Raises:
+            UserError: what the settings ask for cannot be.
+        """
         ...
 
     def sizes(self, session: Session, settings: FitSettings) -> Sizes: ...
 
-    def make(
-        self,
-        session: Session,
-        sizes: Sizes,
-        samples: Samples,
-        folder: Path,
-        recipe: Recipe,
-        *,
-        memory: str | int | None,
-        tokenizer: Any,
-    ) -> int:
-        """Make the model of a recipe, unless it is there; returns the bytes of its files.
+    def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
+        """Prune the source, unless that is done; returns the bytes of the files that it becomes.
 
         Args:
-            samples: to calibrate on where tokens were given, and no text.
             folder: what it is compared by.
+            keys: of `prune`.
         """
         ...
 
@@ -92,35 +89,15 @@ class Packed(Form):
     def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
         accepts_checkpoint(out, overwrite, continued)
 
-    def known(self, job: Job) -> Sizes | None:
+    def known(self, settings: FitSettings, job: Job) -> Sizes | None:
         return PackedSize(job)
 
     def sizes(self, session: Session, settings: FitSettings) -> Sizes:
         return PackedSize(session.job)
 
-    def make(
-        self,
-        session: Session,
-        sizes: Sizes,
-        samples: Samples,
-        folder: Path,
-        recipe: Recipe,
-        *,
-        memory: str | int | None,
-        tokenizer: Any,
-    ) -> int:
-        source = session.job.folder
-        assert source is not None
+    def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
         if not folder.exists():
-            prune_and_pack(
-                source,
-                folder,
-                recipe=recipe,
-                progress=session.run.progress,
-                memory=memory,
-                tokenizer=tokenizer,
-                calibration=samples if session.held_out is None else None,
-            )
+            prune_and_pack(source, folder, progress=progress, **keys)
         return file_bytes(folder) + (folder / INDEX).stat().st_size
 
     def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
@@ -136,45 +113,28 @@ class GGUF(Form):
     def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
         if out.suffix != ".gguf":
             raise OutputError(f"{out} is no name of a GGUF file; give --out a name such as {out}.gguf")
-        if out.is_dir() or (out.exists() and not overwrite):
-            raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder, and a GGUF file is one file: choose another --out")
+        for path in (out, *_beside(out)):
+            if path.exists() and not overwrite:
+                raise OutputError(f"{path} exists; choose another --out or pass --overwrite")
 
-    def known(self, job: Job) -> Sizes | None:
+    def known(self, settings: FitSettings, job: Job) -> Sizes | None:
+        _types_named(settings)
+        _template_named(settings)
+        check_widths([linear for group in job.by_block for linear in group])
         return None
 
     def sizes(self, session: Session, settings: FitSettings) -> Sizes:
-        return GGUFSize(
-            session.job,
-            _template(session, settings),
-            kinds_named(settings.kinds, [*GGUF_KINDS], "types of GGUF files"),
-        )
+        return GGUFSize(session.job, _template(session, settings), _types_named(settings))
 
-    def make(
-        self,
-        session: Session,
-        sizes: Sizes,
-        samples: Samples,
-        folder: Path,
-        recipe: Recipe,
-        *,
-        memory: str | int | None,
-        tokenizer: Any,
-    ) -> int:
-        source = session.job.folder
-        assert source is not None and isinstance(sizes, GGUFSize)
+    def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
+        assert isinstance(sizes, GGUFSize)
         if not folder.exists():
-            prune(
-                source,
-                folder,
-                recipe=recipe,
-                progress=session.run.progress,
-                memory=memory,
-                tokenizer=tokenizer,
-                calibration=samples if session.held_out is None else None,
-            )
+            prune(source, folder, progress=progress, **keys)
         file = folder.with_suffix(".gguf")
         if not file.exists():
-            export_through(folder, file, template=sizes.template, progress=session.run.progress)
+            export_through(folder, file, template=sizes.template, progress=progress)
         return file.stat().st_size
 
     def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
@@ -185,8 +145,8 @@ class GGUF(Form):
             facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         text = json.dumps(facts | dict(measured), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         place.deliver(made)
-        write_beside(place.out.with_name(f"{place.out.name}.json"), text)
-        write_beside(place.out.with_name(f"{place.out.name}.md"), gguf_card(facts))
+        for path, told in zip(_beside(place.out), (text, gguf_card(facts)), strict=True):
+            write_beside(path, told)
 
 
 @final
@@ -198,42 +158,23 @@ class CompressedTensors(Form):
     def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
         accepts_checkpoint(out, overwrite, continued)
 
-    def known(self, job: Job) -> Sizes | None:
-        return CompressedSize(job)
-
-    def sizes(self, session: Session, settings: FitSettings) -> Sizes:
-        job = session.job
-        for line in off_tiles(job):
-            session.run.progress.say(line)
+    def known(self, settings: FitSettings, job: Job) -> Sizes | None:
         kinds = kinds_named(settings.kinds, kinds_of(job), "kinds for GPUs, and that of the weights,")
         return CompressedSize(job, kinds, fused(job.stack))
 
-    def make(
-        self,
-        session: Session,
-        sizes: Sizes,
-        samples: Samples,
-        folder: Path,
-        recipe: Recipe,
-        *,
-        memory: str | int | None,
-        tokenizer: Any,
-    ) -> int:
-        source = session.job.folder
-        assert source is not None
+    def sizes(self, session: Session, settings: FitSettings) -> Sizes:
+        for line in off_tiles(session.job):
+            session.run.progress.say(line)
+        sizes = self.known(settings, session.job)
+        assert sizes is not None
+        return sizes
+
+    def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
         if not folder.exists():
-            prune(
-                source,
-                folder,
-                recipe=recipe,
-                progress=session.run.progress,
-                memory=memory,
-                tokenizer=tokenizer,
-                calibration=samples if session.held_out is None else None,
-            )
+            prune(source, folder, progress=progress, **keys)
         made = folder.with_suffix(".tensors")
         if not made.exists():
-            export_compressed(folder, made, progress=session.run.progress)
+            export_compressed(folder, made, progress=progress)
         return file_bytes(made)
 
     def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
@@ -243,21 +184,38 @@ class CompressedTensors(Form):
 FORMS: dict[str, Form] = {"packed": Packed(), "gguf": GGUF(), TARGET: CompressedTensors()}
 
 
-def _template(session: Session, settings: FitSettings) -> Template:
-    """The file whose keys are kept: the one that was named, the source itself, or one that is made of it."""
-    job, place = session.job, session.place
-    assert place is not None and job.folder is not None
-    given = gguf_behind(job.source if settings.template is None else settings.template)
+def _beside(out: Path) -> tuple[Path, Path]:
+    """What was measured, and the card."""
+    return out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.md")
+
+
+def _types_named(settings: FitSettings) -> tuple[str, ...]:
+    return kinds_named(settings.kinds, [*GGUF_KINDS], "types of GGUF files")
+
+
+def _template_named(settings: FitSettings) -> Path | None:
+    given = None if settings.template is None else gguf_behind(settings.template)
     if given is None and settings.template is not None:
         raise RecipeError(f"--template {settings.template}: expected a GGUF file")
-    matrices, progress = Matrices.of(job.folder), session.run.progress
-    if given is not None:
-        try:
-            return Template.of(given, matrices.checkpoint, matrices.model, matrices.names, progress)
-        except ModelError:
-            if settings.template is not None:
-                raise
+    return given
+
+
+def _template(session: Session, settings: FitSettings) -> Template:
+    """The file whose keys are kept: the one that was named, the source itself, or one that is made of it."""
+    job, place, progress = session.job, session.place, session.run.progress
+    assert place is not None and job.folder is not None
+    matrices, named = Matrices.of(job.folder), _template_named(settings)
+
+    def found(path: Path) -> Template:
+        return Template.of(path, matrices.checkpoint, matrices.model, matrices.names, progress)
+
+    if named is not None:
+        return found(named)
+    own = gguf_behind(job.source)
+    if own is not None:
+        with suppress(ModelError):  # it is quantised itself
+            return found(own)
     made = place.steps / "template.gguf"
     if not made.exists():
         export_gguf(job.source, made, progress=progress)
-    return Template.of(made, matrices.checkpoint, matrices.model, matrices.names, progress)
+    return found(made)
