@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tawny
-from tawny.errors import CheckpointError, OutputError, RecipeError, UserError
+from tawny.errors import CheckpointError, ModelError, OutputError, RecipeError, UserError
 from tawny.gguf_kinds import GGUF_KINDS
 from tests.exporting.test_gguf import WORDS, words  # noqa: F401
 from tests.tiny import tiny_model, tokens
@@ -153,6 +153,12 @@ def test_a_quick_file_is_rounded_and_farther_from_the_dense_model(fitted, model,
         ("a.gguf", {"kinds": "q4_k,q9_k"}, RecipeError, "--kinds names 'q9_k'.*types of GGUF files are q8_0"),
         ("a.gguf", {"bits": 1.0}, RecipeError, "cannot be made as small as .*give --size"),
         ("a.gguf", {"template": "config.json"}, RecipeError, "--template config.json: expected a GGUF file"),
+        (
+            "a.gguf",
+            {"template": None},
+            ModelError,
+            "tokenizer.*: give --template with a whole GGUF file of the model",
+        ),
         ("a.gguf", {"fit.budget": "1m"}, RecipeError, "fit.budget refines packed folders"),
         ("a.gguf", {"to": "packed", "kinds": "q4_k"}, RecipeError, "belong to a GGUF file: give --to gguf"),
         ("a.gguf", {"to": "exl3"}, RecipeError, "fit.to"),

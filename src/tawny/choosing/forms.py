@@ -22,7 +22,8 @@ from tawny.choosing.gguf_size import GGUFSize, kinds_named
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings
 from tawny.choosing.sizes import Sizes
-from tawny.errors import ModelError, OutputError, RecipeError
+from tawny.errors import CheckpointError, ModelError, OutputError, RecipeError
+from tawny.exporting.architectures import CONVERTER
 from tawny.exporting.compressed import TARGET, export_compressed
 from tawny.exporting.gguf import export_gguf
 from tawny.exporting.template import Matrices, Template
@@ -217,5 +218,11 @@ def _template(session: Session, settings: FitSettings) -> Template:
             return found(own)
     made = place.steps / "template.gguf"
     if not made.exists():
-        export_gguf(job.source, made, progress=progress)
+        try:
+            export_gguf(job.source, made, progress=progress)
+        except (ModelError, CheckpointError) as error:
+            why = str(error).partition(";")[0]
+            raise ModelError(
+                f"{why}: give --template with a whole GGUF file of the model, as {CONVERTER} makes it"
+            ) from error
     return found(made)
