@@ -49,8 +49,9 @@ def export(
     Args:
         source: a folder (dense, quantised or packed), hub id, `.gguf` file or `smollm2`.
         out: file to write; of `compressed-tensors` a folder.
-        to: `gguf`, for llama.cpp; `compressed-tensors`, a folder for vLLM, SGLang and transformers; or `imatrix`, the importance matrix that its `llama-quantize` takes, which is measured on a text
-            and holds the mean square of each input of every linear, for experts one by one.
+        to: `gguf`, for llama.cpp; `compressed-tensors`, a folder for vLLM, SGLang and transformers; or `imatrix`, the importance matrix of
+            llama.cpp's `llama-quantize`. That one is measured on a text. It holds the mean square of each input of every linear, for
+            experts one by one.
         type: of the matrices of `gguf`: F32, F16 or BF16, or a type in blocks such as Q4_K, to which they are rounded by its best
             scales. Then the embedding and the head get at least Q6_K, and a width that no block divides another type.
             None keeps the type that they are stored in, and copies what was solved for GGUF (`tawny prune --values q4_k`).
