@@ -12,7 +12,6 @@ Shapes: O = out, I = in, S = groups, J = columns of a group, B = blocks, N = gro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor
 
 from tawny.gguf_kinds import GGUF_KINDS, GGUFKind, fitting
-from tawny.kinds import dividing, half_steps, solved_kind
-from tawny.solvers.grid import Grid, Rounding, ScaledGrid
+from tawny.kinds import dividing, solved_kind
+from tawny.solvers.grid import Grid, Rounding, ScaledGrid, cached_parts, reciprocal
 
 __all__ = ["BlockGrid", "grid_of", "rounded"]
 
-_PART = 1 << 16  # weights whose copies stay in a core's cache
 _ROWS = 4096  # of a large matrix that are rounded at a time
 _TRIES = 12  # of scales of a group with a minimum, around the one that spans it
 _ROUNDS = 2  # of d and dmin, and s and m by these
@@ -50,9 +48,14 @@ class BlockGrid(Grid):
     def zero(self) -> bool:
         return self.kind.zero
 
+    @property
+    def _scaled(self) -> ScaledGrid:
+        """The grid of a group alone, whose scale may be any number."""
+        return ScaledGrid(self.kind.levels, self.group, long=True)
+
     def fit(self, W_OI: Tensor, weights_I: Tensor | None = None, keep_OI: Tensor | None = None) -> Tensor:
         made = []
-        for part in _parts(*W_OI.shape):
+        for part in cached_parts(*W_OI.shape):
             keep_PI = None if keep_OI is None else keep_OI[part]
             X_PSJ, w_PSJ = self._cut(W_OI[part]), self._weights(W_OI[part], weights_I, keep_PI)
             c_PS, e_PS = self._alone(W_OI[part], weights_I, keep_PI)
@@ -70,7 +73,7 @@ class BlockGrid(Grid):
         if self.kind.scales is None:
             return state_O
         made = []
-        for part in _parts(*W_OJ.shape):
+        for part in cached_parts(*W_OJ.shape):
             keep_PJ = None if keep_OJ is None else keep_OJ[part]
             X_PSJ, w_PSJ = self._cut(W_OJ[part]), self._weights(W_OJ[part], weights_J, keep_PJ)
             d_PS, dmin_PS = state_O[part, None, 0], state_O[part, None, 2]
@@ -90,7 +93,7 @@ class BlockGrid(Grid):
     ) -> tuple[Tensor, Tensor]:
         made_OI = torch.empty_like(X_OI) if out_OI is None else out_OI
         new_OS = torch.empty_like(state_OS)
-        for part in _parts(*X_OI.shape):
+        for part in cached_parts(*X_OI.shape):
             keep_PI = None if keep_OI is None else keep_OI[part]
             X_PSJ, w_PSJ = self._cut(X_OI[part]), self._weights(X_OI[part], weights_I, keep_PI)
             c_PS, e_PS = _scale_and_offset(state_OS[part])
@@ -111,7 +114,7 @@ class BlockGrid(Grid):
 
     def project(self, W_OI: Tensor, state_OS: Tensor, keep_OI: Tensor | None = None) -> Tensor:
         made_OI = torch.empty_like(W_OI)
-        for part in _parts(*W_OI.shape):
+        for part in cached_parts(*W_OI.shape):
             c_PS, e_PS = _scale_and_offset(state_OS[part])
             level_PSJ = self._level(self._cut(W_OI[part]), c_PS, e_PS)
             value_PI = level_PSJ.mul_(c_PS[..., None]).sub_(e_PS[..., None]).flatten(1)
@@ -120,7 +123,7 @@ class BlockGrid(Grid):
 
     def rounding(self, state_O: Tensor) -> Rounding:
         c_O, e_O = _scale_and_offset(state_O)
-        by_O = _reciprocal(c_O)
+        by_O = reciprocal(c_O)
         return lambda values: self._nearest((values + e_O).mul_(by_O)).mul_(c_O).sub_(e_O).add_(0.0)
 
     def encoded(self, W_OI: Tensor, state_OS: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ class BlockGrid(Grid):
         """uint8 `[out, in]`: the places of the nearest levels."""
         levels = torch.tensor(self.kind.levels, dtype=torch.float32)
         made_OI = torch.empty(W_OI.shape, dtype=torch.uint8)
-        for part in _parts(*W_OI.shape):
+        for part in cached_parts(*W_OI.shape):
             level_PSJ = self._level(self._cut(W_OI[part]), *_scale_and_offset(state_OS[part]))
             made_OI[part] = torch.bucketize(level_PSJ.flatten(1), levels).to(torch.uint8)
         return made_OI
@@ -147,18 +150,16 @@ class BlockGrid(Grid):
         levels = self.kind.levels
         if levels[-1] - levels[0] == len(levels) - 1:
             return ratio.round_().clamp_(levels[0], levels[-1])
-        table, low = half_steps(levels).to(ratio.device), 2 * levels[0]
-        places = ratio.mul_(2).sub_(low).nan_to_num_(0.0).clamp_(0, len(table) - 1)
-        return torch.take(table, places.to(torch.int64))
+        return self._scaled.nearest(ratio)
 
     def _level(self, X_PSJ: Tensor, c_PS: Tensor, e_PS: Tensor) -> Tensor:
-        return self._nearest((X_PSJ + e_PS[..., None]).mul_(_reciprocal(c_PS)[..., None]))
+        return self._nearest((X_PSJ + e_PS[..., None]).mul_(reciprocal(c_PS)[..., None]))
 
     def _alone(self, X_PI: Tensor, weights_I: Tensor | None, keep_PI: Tensor | None) -> tuple[Tensor, Tensor]:
         """[P, S]: the best scale and offset of each group, in float32."""
         if self.kind.minima:
             return self._with_minimum(self._cut(X_PI), self._weights(X_PI, weights_I, keep_PI))
-        c_PS = ScaledGrid(self.kind.levels, self.group, long=True).fit(X_PI, weights_I, keep_PI)
+        c_PS = self._scaled.fit(X_PI, weights_I, keep_PI)
         return c_PS, torch.zeros_like(c_PS)
 
     def _with_minimum(self, X_PSJ: Tensor, w_PSJ: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,7 @@ class BlockGrid(Grid):
         best_PS = torch.full_like(span_PS, torch.inf)
         c_PS, e_PS = torch.zeros_like(span_PS), torch.zeros_like(span_PS)
         for i in range(_TRIES):
-            by_PS = (last - 0.8 + 0.15 * i) * _reciprocal(span_PS)
+            by_PS = (last - 0.8 + 0.15 * i) * reciprocal(span_PS)
             q_PSJ = ((X_PSJ - low_PS[..., None]) * by_PS[..., None]).round_().clamp_(0, last)
             wq_PSJ = w_PSJ * q_PSJ
             Sq, Sqq, Sqx = (
@@ -208,7 +209,7 @@ class BlockGrid(Grid):
 
     def _rounded(self, c_PS: Tensor, d_PS: Tensor) -> Tensor:
         assert self.kind.scales is not None
-        return (c_PS * _reciprocal(d_PS)).round().clamp_(*self.kind.scales)
+        return (c_PS * reciprocal(d_PS)).round().clamp_(*self.kind.scales)
 
     def _steps(
         self, X_PSJ: Tensor, w_PSJ: Tensor, c_PS: Tensor, e_PS: Tensor, d_PS: Tensor, dmin_PS: Tensor
@@ -218,8 +219,8 @@ class BlockGrid(Grid):
         ones = torch.ones_like(d_PS)
         if kind.scales is None:
             return ones, ones * min(1, kind.minima)
-        s_PS = (c_PS * _reciprocal(d_PS)).floor()
-        m_PS = (e_PS * _reciprocal(dmin_PS)).floor()
+        s_PS = (c_PS * reciprocal(d_PS)).floor()
+        m_PS = (e_PS * reciprocal(dmin_PS)).floor()
         best_PS, s_best, m_best = torch.full_like(d_PS, torch.inf), ones, ones * 0
         for up_m in (0, 1) if kind.minima else (0,):
             m = (m_PS + up_m).clamp(0, kind.minima)
@@ -297,12 +298,3 @@ def _half(values: Tensor) -> Tensor:
 def _scale_and_offset(state: Tensor) -> tuple[Tensor, Tensor]:
     d, s, dmin, m = state.unbind(-1)
     return d * s, dmin * m
-
-
-def _reciprocal(scales: Tensor) -> Tensor:
-    return torch.where(scales == 0, 1.0, scales.reciprocal())
-
-
-def _parts(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _PART // max(width, 1))
-    return (slice(top, top + step) for top in range(0, rows, step))

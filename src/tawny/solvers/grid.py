@@ -30,8 +30,10 @@ __all__ = [
     "Grid",
     "Rounding",
     "ScaledGrid",
+    "cached_parts",
     "kept_on_grid",
     "largest",
+    "reciprocal",
 ]
 
 Rounding = Callable[[Tensor], Tensor]
@@ -170,14 +172,14 @@ class ScaledGrid(Grid):
         ends = [end for end in (high, low) if end and (end == high or low != -high)]
         tried = [share / end for end in ends for share in _SHARES]
         pieces = []
-        for part in _parts(*W_OI.shape):
+        for part in cached_parts(*W_OI.shape):
             keep_PI = None if keep_OI is None else keep_OI[part]
             X_PI = W_OI[part].contiguous()
             largest_PS = largest(X_PI if keep_PI is None else X_PI * keep_PI, self)
             fits = [_fit(X_PI, largest_PS * share, self, weights_I, keep_PI) for share in tried]
             fitted_TPS, saved_TPS = (torch.stack(each) for each in zip(*fits, strict=True))
             held_TPS = self.held(fitted_TPS)
-            off_TPS = held_TPS * _reciprocal(fitted_TPS) - 1
+            off_TPS = held_TPS * reciprocal(fitted_TPS) - 1
             most_PS, best_PS = (
                 (saved_TPS * (1 - off_TPS.square())).nan_to_num_(0.0).max(0)
             )  # by the rounded scales
@@ -205,13 +207,13 @@ class ScaledGrid(Grid):
     def project(self, W_OI: Tensor, state_OS: Tensor, keep_OI: Tensor | None = None) -> Tensor:
         W_OI = W_OI.contiguous()
         made_OI = torch.empty_like(W_OI)
-        for part in _parts(*W_OI.shape):
+        for part in cached_parts(*W_OI.shape):
             keep_PI = None if keep_OI is None else keep_OI[part]
             _fit(W_OI[part], state_OS[part], self, None, keep_PI, made_OI[part], fixed=True)
         return made_OI
 
     def rounding(self, state_O: Tensor) -> Rounding:
-        by_O = _reciprocal(state_O)
+        by_O = reciprocal(state_O)
         return lambda values: self.nearest(values * by_O).mul_(state_O).add_(0.0)  # +0 mends what is −0
 
 
@@ -237,7 +239,7 @@ def _fit(
         return (grid.held(fitted[0]), fitted[1]) if made_OI is not None and not fixed else fitted
     weights_OSJ = _weights(X_OI, weights_I, keep_OI, grid)
     X_OSJ = grid.split(X_OI)
-    levels_OSJ = grid.nearest(X_OSJ * _reciprocal(scales_OS)[..., None])
+    levels_OSJ = grid.nearest(X_OSJ * reciprocal(scales_OS)[..., None])
     weighed_OSJ = levels_OSJ * weights_OSJ
     along_OS, square_OS = (
         torch.linalg.vecdot(weighed_OSJ, X_OSJ),
@@ -252,7 +254,8 @@ def _fit(
     return fitted_OS, saved_OS
 
 
-def _reciprocal(scales: Tensor) -> Tensor:
+def reciprocal(scales: Tensor) -> Tensor:
+    """1 of a scale of 0, by which nothing is divided."""
     return torch.where(scales == 0, 1.0, scales.reciprocal())
 
 
@@ -262,7 +265,8 @@ def _weights(like_OI: Tensor, weights_I: Tensor | None, keep_OI: Tensor | None, 
     return grid.split(weights if keep_OI is None else weights * keep_OI)
 
 
-def _parts(rows: int, width: int) -> Iterator[slice]:
+def cached_parts(rows: int, width: int) -> Iterator[slice]:
+    """Rows whose half a dozen copies stay in a core's cache."""
     step = max(1, _PART // max(width, 1))
     return (slice(top, top + step) for top in range(0, rows, step))
 

@@ -139,9 +139,9 @@ class SparseGPT(Solver):
                 return Solution(W_OI.clone(), torch.ones_like(W_OI, dtype=torch.bool), notes, 0.0)
             quota = _quotas(W_OI, shared.dead_I, pattern, removed, columns)
         swept = self._sweep(W_OI, shared, pattern, quota, root_O, columns, grid)
-        weight_OI, keep_OI, lost, scales_OS = swept
+        weight_OI, keep_OI, lost, state_OS = swept
         require_finite(weight_OI, "pruned weight")
-        return Solution(weight_OI, keep_OI, notes, lost, scales_OS)
+        return Solution(weight_OI, keep_OI, notes, lost, state_OS)
 
     def _sweep(
         self,
