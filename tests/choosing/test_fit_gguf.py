@@ -53,7 +53,9 @@ def test_a_file_is_of_the_size_that_was_asked_for(fitted):
     told, out = fitted
     assert out.stat().st_size == told.bytes <= told.budget
     assert told.bytes > 0.97 * told.budget
-    assert all(row["planned"] == row["bytes"] for row in told.finalists)  # known to the byte before it is made
+    assert all(
+        row["planned"] == row["bytes"] for row in told.finalists
+    )  # known to the byte before it is made
     assert not out.with_name("small.gguf.partial").exists()
 
 
