@@ -18,7 +18,7 @@ from pathlib import Path
 from tables.encoders import encoder_speed, encoders, vision_study
 from tables.evidence import evidence
 from tables.frontier import frontier
-from tables.glance import glance
+from tables.glance import glance, owl
 from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
 from tables.quality import (
@@ -41,7 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 TABLES: dict[str, dict[str, Callable[..., str]]] = {
-    "README.md": {"glance": glance},
+    "README.md": {"glance": glance, "owl": owl},
     "docs/encoders.md": {"encoders": encoders},
     "docs/models.md": {"families": families},
     "docs/other-runtimes.md": {"runtimes": runtimes},
@@ -75,7 +75,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
     },
 }
 # Tables that are not made from the one results file of their name.
-SOURCES = {"glance": ("evidence", "recovery", "decode", "frontier_qwen")}
+SOURCES = {"glance": ("frontier_qwen", "evidence"), "owl": ("evidence",)}
 
 
 def render(page: str, name_of_page: str) -> str:

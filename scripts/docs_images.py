@@ -21,6 +21,7 @@ from tawny.report.plot import figure_of, legend_under, plot_allocations, plot_fi
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from tables.frontier import NAMES, notes, series  # noqa: E402
+from tables.glance import picture as glance  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLE = RESULTS / "example_run.json"
@@ -95,6 +96,32 @@ def plot_frontier(
     save(figure, path)
 
 
+def draw_glance(path: Path) -> None:
+    """The picture of the README: how many next tokens stay the same in files of each size, whoever made them."""
+    figure = figure_of(8.0, 4.6)
+    axes = figure.subplots()
+    lines = glance(_result("frontier_qwen"), _result("evidence"))
+    for number, (name, points) in enumerate(lines.items()):
+        style = style_of(number)
+        axes.plot(
+            [x for x, _, _ in points], [y for _, y, _ in points], label=name, **style | {"markersize": 7}
+        )
+        # Names stand above the upper one of two lines that lie close to each other, and below the lower one.
+        away, align = (
+            ((0, 8), "bottom") if name in ("tawny fit", "pruned, then recovered") else ((0, -8), "top")
+        )
+        for x, y, note in points:
+            where = {"xytext": away, "textcoords": "offset points", "ha": "center", "va": align}
+            axes.annotate(note, (x, y), fontsize=9, color=style["color"], **where)
+    axes.margins(x=0.1, y=0.13)
+    axes.set_xlabel("size of the files, MB")
+    axes.set_ylabel("same next token as the original, %")
+    axes.set_title("Qwen2.5-Coder-1.5B (original: 3,554 MB), on wiki", fontsize=11, parse_math=False)
+    axes.grid(alpha=0.3)
+    legend_under(axes, len(lines))
+    save(figure, path)
+
+
 def plot_outliers(shares: Mapping[str, Sequence[float]], path: Path) -> None:
     """Draw the outlier shares of the blocks of several models, from the first block to the last.
 
@@ -152,6 +179,7 @@ def main() -> int:
     draw_allocations(IMAGES / "allocators.svg")
     draw_frontier("frontier", "SmolLM2-135M")
     draw_frontier("frontier_qwen", "Qwen2.5-Coder-1.5B")
+    draw_glance(IMAGES / "glance.svg")
     plot_fit(_result("example_fit"), IMAGES / "fit.svg")
     draw_outliers(IMAGES / "outliers.svg")
     return 0

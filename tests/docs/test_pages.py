@@ -133,4 +133,7 @@ def test_the_pictures_are_drawn_from_the_committed_run(tmp_path):
     for name, found in speeds.items():
         assert f"<!-- {name.removeprefix('llama:').replace('fit:', '- -bits ')} -->" in drawn
         assert f"<!-- {found['decode_tokens_per_second']:.0f} tokens/s -->" in drawn
+    first = (script["IMAGES"] / "glance.svg").read_text(encoding="utf-8")
+    for points in script["glance"](result, script["_result"]("evidence")).values():
+        assert all(f"<!-- {note.replace('--', '- -')} -->" in first for _, _, note in points)
     assert (script["IMAGES"] / "report.png").stat().st_size < 200_000
