@@ -6,15 +6,15 @@ script has runs. Rank 0 decides, writes and talks; the others keep quiet unless 
 
 from __future__ import annotations
 
-__all__ = ["ProcessGroup", "speaks", "started_by_torchrun"]
+__all__ = ["ProcessGroup", "refuse_several", "speaks", "started_by_torchrun"]
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from tawny.errors import UserError
+from tawny.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +31,19 @@ def started_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
+def refuse_several(what: str) -> None:
+    """Raise a RecipeError where torchrun started several processes, for what works in one."""
+    if started_by_torchrun():
+        raise RecipeError(f"{what} works in one process, and torchrun started several: run it with one")
+
+
 def speaks() -> bool:
     """Whether this process is the one of them that talks and writes."""
     return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
 class ProcessGroup:
-    """This process among all of a run. Pruning and recovery add what they share out.
+    """This process among all of a run. `Ranks` adds what pruning shares out.
 
     Args:
         device: the one asked for; `cuda` becomes the one that torchrun counted out for this process.
@@ -95,18 +101,6 @@ class ProcessGroup:
 
             for tensor in tensors:
                 dist.all_reduce(tensor)
-
-    def sum_gradients(self, tensors: Sequence[Tensor]) -> None:
-        """Sum gradients over all ranks, in place; one that only some ranks have, such as an expert's, they get all."""
-        if self.size == 1:
-            return
-        import torch
-
-        there = self.all_of([tensor.grad is not None for tensor in tensors])
-        for tensor, *ranks in zip(tensors, *there, strict=True):
-            if any(ranks) and tensor.grad is None:
-                tensor.grad = torch.zeros_like(tensor)
-        self.sum(tensor.grad for tensor in tensors if tensor.grad is not None)
 
     def wait(self) -> None:
         """Until all ranks have come here."""

@@ -45,7 +45,6 @@ from tests.recovery.models import (
 from tests.reference import distil as reference
 from tests.tiny import FAMILIES, tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
-from tests.torchrun import torchrun
 
 
 def zeros(model):
@@ -538,7 +537,7 @@ def test_a_live_model_is_left_as_trainable_as_it_was():
     assert not pruned.model.embed_tokens.weight.requires_grad
 
 
-# --- packed, gradual, several processes --------------------------------------------------------------------------
+# --- packed and gradual --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("values", ["f32", "int8"])
@@ -651,157 +650,16 @@ def test_pruning_in_steps_calibrates_on_the_training_text_unless_told(pair, tmp_
     assert asked == [("ptb", None, 0.4) if recipe else (pair[2], False, 0.4)]
 
 
-def test_a_gradient_that_only_one_process_has_is_everybodys(tmp_path):
-    """An expert may see tokens in one process and none in another."""
-    script = """
-from tawny.recovery.processes import Processes
-with Processes("cpu") as processes:
-    experts = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
-    for expert in ([0, 2], [1, 2])[processes.rank]:
-        experts[expert].grad = torch.full((2,), 1.0 + processes.rank)
-    processes.sum_gradients(experts)
-    sums = [None if expert.grad is None else expert.grad.tolist() for expert in experts]
-    assert sums == [[1, 1], [2, 2], [3, 3], None], sums
-"""
-    done = torchrun(script, tmp_path, 2)
-    assert done.returncode == 0, done.stderr
-
-
-def as_torchrun(folder, processes, call):
-    """Run a call of tawny in several processes; the end of what they said, where one failed."""
-    done = torchrun(f"import tawny\n{call}", folder, processes)
-    return "" if done.returncode == 0 else done.stderr or f"exit code {done.returncode}"
-
-
-def together(folder, processes, call):
-    """The same, where none may fail; what they said is told whole."""
-    if said := as_torchrun(folder, processes, call):
-        pytest.fail(said, pytrace=False)
-
-
-def call_of(pair, out, **more):
-    """`recover_pair` as the text of a script."""
-    return f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(out)!r}, **{folder_keys(pair, **more)!r})"
-
-
-@pytest.mark.parametrize(
-    ("processes", "more"),
-    [
-        (2, {}),
-        (2, {"shard": True}),
-        (2, {"shard": True, "micro_batch": 1, "checkpointing": True, "eval_windows": 3}),
-        (4, {"shard": True, "train": "norms", "lr": 2e-3, "weight_decay": 0}),
-    ],
-)
-def test_several_processes_give_the_curve_of_one(pair, tmp_path, processes, more):
-    keys = {"tokens": 24 * 4 * 3, "weight_decay": 0.1, "clip": 0.5, **more}
-    whole = recover_pair(pair, tmp_path / "one", **keys)
-    together(tmp_path, processes, call_of(pair, tmp_path / "all", **keys))
-    told = json.loads((tmp_path / "all" / "recover.json").read_text())
-    assert told["processes"] == processes
-    assert (told["zeros"], told["trained"]) == (whole.zeros, whole.trained)
-    for one, other in zip(whole.curve + whole.measured, told["curve"] + told["measured"], strict=True):
-        expected = {**one, "seconds": other.get("seconds")} if "seconds" in one else one
-        assert other == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(weights(tmp_path / "all"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-4)
-    assert not (tmp_path / "all.partial").exists()
-
-
-def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair, tmp_path):
-    keys = {"tokens": 24 * 4 * 6, "eval_every": 2, "shard": True}
-    together(tmp_path, 2, call_of(pair, tmp_path / "whole", **keys))
-    dying = (
-        "import os\nfrom tawny.recovery.state import Shelf\nsave = Shelf.save\n"
-        "def save_or_die(shelf, standing, *rest):\n"
-        "    if standing.step == 4 and shelf.parts.rank == 1:\n"
-        "        os._exit(9)\n"
-        "    save(shelf, standing, *rest)\n"
-        "Shelf.save = save_or_die\n"
-    )
-    call = call_of(pair, tmp_path / "parts", **keys)
-    assert as_torchrun(tmp_path, 2, dying + call)
-    assert (tmp_path / "parts.partial" / "steps" / "training" / "state-1-2.safetensors").exists()
-    assert not (tmp_path / "parts").exists()
-    # Four would begin anew beside the parts of two.
-    assert "repeat that command" in as_torchrun(tmp_path, 4, call)
-    together(tmp_path, 2, call)
-    one, other = (json.loads((tmp_path / name / "recover.json").read_text()) for name in ("whole", "parts"))
-    assert one["curve"] == other["curve"]
-    assert same_weights(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_each_of_several_sharded_processes_holds_its_rows_only(pair, tmp_path):
-    counting = (
-        "from pathlib import Path\nfrom tawny.recovery.training import Training\nfrom tawny.recovery.sharding import here\n"
-        "train = Training.train\n"
-        "def counted(run):\n"
-        "    held = sum(here(p).numel() for b in run.student.stack.blocks for p in b.parameters())\n"
-        "    trained = sum(t.numel() for t in run.tensors)\n"
-        f"    Path({str(tmp_path)!r}, f'rank-{{run.processes.rank}}').write_text(f'{{held}} {{trained}}')\n"
-        "    return train(run)\n"
-        "Training.train = counted\n"
-    )
-    together(tmp_path, 2, counting + call_of(pair, tmp_path / "out", tokens=24 * 4, shard=True))
-    told = [tuple(map(int, (tmp_path / f"rank-{rank}").read_text().split())) for rank in (0, 1)]
-    model = AutoModelForCausalLM.from_pretrained(pair[1])
-    everything = sum(p.numel() for p in model.model.layers.parameters())
-    trained = json.loads((tmp_path / "out" / "recover.json").read_text())["trained"]
-    outside = model.model.norm.weight.numel()  # the last norm is everybody's
-    assert sum(held for held, _ in told) == everything
-    assert sum(count for _, count in told) == trained + outside
-    assert all(held < 0.51 * everything and count < 0.6 * trained for held, count in told)
-
-
-def test_what_the_first_process_does_once_waits_for_those_that_are_late(tmp_path):
-    late = (
-        "import os, shutil, time\nfrom pathlib import Path\nfrom tawny.recovery.processes import Processes\n"
-        f"shared = Path({str(tmp_path)!r}) / 'shared'\n"
-        "with Processes('cpu') as processes:\n"
-        "    processes.once(shared.mkdir)\n"
-        "    time.sleep(processes.rank)\n"
-        "    assert shared.exists()\n"
-        "    processes.once(lambda: shutil.rmtree(shared))\n"
-        "    assert not shared.exists()"
-    )
-    together(tmp_path, 2, late)
-
-
-def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
-    tawny.pack(pair[1], tmp_path / "packed", "f32")
-    packed = call_of((pair[0], str(tmp_path / "packed"), pair[2]), tmp_path / "one")
-    gradual = (
-        f"tawny.recover_gradually({pair[0]!r}, {pair[0]!r}, {str(tmp_path / 'two')!r}, [0.4, 0.6], "
-        f"recipe={RECIPE!r}, settings={folder_keys(pair)!r})"
-    )
-    together(tmp_path, 2, f"{packed}\n{gradual}")
-    for name, sparsity in (("one", 0.5), ("two", 0.6)):
-        assert tawny.inspect(tmp_path / name).sparsity == pytest.approx(sparsity, abs=1e-3)
-        told = json.loads((tmp_path / name / "recover.json").read_text())
-        assert told["processes"] == 2 and told["best"]["perplexity"] < told["start"]["perplexity"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "packed", "run.py", "two"]
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_no_process_ends_over_a_nan_before_the_first_has_written(pair, tmp_path, packed):
-    source = tmp_path / "packed" if packed else pair[1]
-    if packed:
-        tawny.pack(pair[1], source, "f32")
-    slow = (
-        "import time\nfrom tawny.recovery import training\nfrom pytest import MonkeyPatch\n"
-        "from tests.recovery.models import explode\nexplode(MonkeyPatch(), at=5)\nwrite = training.write\n"
-        "training.write = lambda *given: (time.sleep(1), write(*given))[1]\n"
-    )
-    call = call_of((pair[0], str(source), pair[2]), tmp_path / "out")
-    assert "of step 3, is kept" in as_torchrun(tmp_path, 2, slow + call)
-    assert json.loads((tmp_path / "out" / "recover.json").read_text())["stopped"] == "nan"
-
-
-def test_a_batch_that_processes_cannot_share_is_refused(pair, tmp_path):
-    call = call_of(pair, tmp_path / "out", shard=True, batch=3)
-    assert "batch=3 among 2 processes" in as_torchrun(tmp_path, 2, call)
-    call = call_of(pair, tmp_path / "out", batch=1)
-    assert "expected a window for each" in as_torchrun(tmp_path, 2, call)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("through", [None, [0.4, 0.6]])
+def test_several_processes_are_refused(pair, tmp_path, monkeypatch, through):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RecipeError, match="recovery works in one process, and torchrun started several"):
+        if through:
+            tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", through)
+        else:
+            recover_pair(pair, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_named_text_is_held_out_from_its_end(monkeypatch):
@@ -888,14 +746,6 @@ def test_what_is_trained_and_measured_on_begins_as_the_tokenizer_begins_a_text(t
         assert made.about["bos"] is begun and bool((made.windows[:, 0] == 1).all()) is begun
 
 
-def test_what_cannot_be_sharded_is_refused(pair):
-    dense, pruned = dense_and_pruned()
-    with pytest.raises(RecipeError, match="give a folder"):
-        recover_live(pruned, dense, shard=True)
-    with pytest.raises(RecipeError, match="train=survivors or norms"):
-        recover_pair(pair, "out", shard=True, train="lora")
-
-
 # --- few bits ----------------------------------------------------------------------------------------------------
 
 
@@ -977,7 +827,6 @@ def test_a_folder_packed_in_few_bits_is_trained_through_its_grid(pair, tmp_path)
         ({"group_size": 32}, "belongs to values of few bits"),
         ({"values": "int8", "group_size": 32}, "belongs to values of few bits"),
         ({"values": "int4", "group_size": 48}, "48.*32"),
-        ({"values": "int4", "shard": True}, "no values"),
     ],
 )
 def test_few_bits_that_make_no_sense_are_refused(keys, words):

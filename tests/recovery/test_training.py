@@ -133,7 +133,7 @@ def test_each_tensor_gets_its_own_count_of_steps_back_where_its_optimiser_wants_
     def shelf(device):
         one = One(device)
         optimiser = torch.optim.AdamW(one.tensors.values(), fused=True)
-        return one, optimiser, Shelf(tmp_path, [one], optimiser, None)
+        return one, optimiser, Shelf(tmp_path, [one], optimiser)
 
     one, optimiser, kept = shelf("cpu")
     for names in ("ab", "b"):
@@ -152,7 +152,7 @@ def test_each_tensor_gets_its_own_count_of_steps_back_where_its_optimiser_wants_
 
 def test_the_best_weights_are_those_that_the_state_names(tmp_path):
     one = One("cpu")
-    kept = Shelf(tmp_path, [one], torch.optim.AdamW(one.tensors.values()), None)
+    kept = Shelf(tmp_path, [one], torch.optim.AdamW(one.tensors.values()))
 
     def best(step, saves=True):
         with torch.no_grad():
@@ -178,7 +178,7 @@ def test_the_state_that_a_run_goes_on_from_is_no_part_of_memory(tmp_path):
     for tensor in one.tensors.values():
         tensor.grad = torch.ones(3)
     optimiser.step()
-    kept = Shelf(tmp_path, [one], optimiser, None)
+    kept = Shelf(tmp_path, [one], optimiser)
     kept.save(Standing(step=1))
     kept.load()
     state = (tmp_path / "state-1.safetensors").resolve()
@@ -342,13 +342,6 @@ def solved_for(pair, out, values):
     recipe["sparsity"] = 0 if "mean" in values else 0.5
     recipe["calibration"] = {"text": pair[2], "samples": 4, "seqlen": 24}
     tawny.prune(pair[0], out, recipe=recipe)
-
-
-def test_several_kinds_cannot_be_sharded(pair, tmp_path):
-    solved_for(pair, tmp_path / "solved", {"mean": 3.5, "of": ["int3", "int4"]})
-    with pytest.raises(RecipeError, match=r"shard=true leaves .*solved was solved for int3, int4"):
-        recover_pair(pair, tmp_path / "out", source=tmp_path / "solved", shard=True)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_packed_in_several_kinds_keeps_each_when_norms_are_trained(pair, tmp_path):

@@ -190,9 +190,7 @@ def test_weights_that_are_sharded_are_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(
-            ModelError, match=r"blocks.0.weight is sharded.*expected whole weights.*shard=true"
-        ):
+        with pytest.raises(ModelError, match=r"blocks.0.weight is sharded.*expected whole weights"):
             tawny.keep_sparsity(net).__enter__()
     finally:
         dist.destroy_process_group()

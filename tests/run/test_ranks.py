@@ -125,3 +125,18 @@ def test_work_is_spread_by_what_it_costs():
     assert ranks_of(2)[0].owners([1, 1, 1, 3]) == [1, 1, 1, 0]
     assert ranks_of(2)[1].owners([1, 1, 1, 3]) == [1, 1, 1, 0]
     assert set(ranks_of(4)[0].owners([5.0] * 8)) == {0, 1, 2, 3}
+
+
+def test_what_the_first_process_does_once_waits_for_those_that_are_late(tmp_path):
+    late = (
+        "import os, shutil, time\nfrom pathlib import Path\nfrom tawny.process_group import ProcessGroup\n"
+        f"shared = Path({str(tmp_path)!r}) / 'shared'\n"
+        "with ProcessGroup() as processes:\n"
+        "    processes.once(shared.mkdir)\n"
+        "    time.sleep(processes.rank)\n"
+        "    assert shared.exists()\n"
+        "    processes.once(lambda: shutil.rmtree(shared))\n"
+        "    assert not shared.exists()"
+    )
+    done = torchrun(late, tmp_path, 2)
+    assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ from tawny.model.source import resolve
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
 from tawny.patterns import Blocks, Rank
-from tawny.process_group import started_by_torchrun
+from tawny.process_group import refuse_several
 from tawny.progress import Progress, silent
 from tawny.pruning.output import asking_output
 from tawny.pruning.prepare import Job
@@ -92,8 +92,7 @@ def search(
         OutputError: `out` or a file beside it exists, or the disk has no room for the solutions.
         UserError: something else that was asked for cannot be done.
     """
-    if started_by_torchrun():
-        raise RecipeError("a search works in one process, and torchrun started several: run it with one")
+    refuse_several("a search")
     named, given = text_or_tokens(calibration)
     of_recipe, own = own_keys({**named, **keys}, "search")
     if of_recipe.get("allocator") is not None:

@@ -397,7 +397,7 @@ class Replay:
                 return stand_in(index, args[0], Call(rest, kwargs))
             return stand_in(index, kwargs.pop("hidden_states"), Call(rest, kwargs))
 
-        # Hooks of a block, such as FSDP's that gather its weights, have nothing to do where it does not run.
+        # Hooks of a block have nothing to do where it does not run.
         blocks: list[Any] = list(self.blocks.modules)
         hooks = [(block._forward_pre_hooks, block._forward_hooks) for block in blocks]
         own = [vars(block).get("forward") for block in blocks]  # where somebody has put another in its place

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from tawny.kinds import KINDS
 from tawny.model.linears import Linear
 from tawny.packed.on_grid import OnGrid
-from tawny.recovery.sharding import here
 
 
 def _accumulate(tensor: nn.Parameter, gradient: Tensor) -> None:
@@ -38,8 +37,7 @@ class Survivors:
     """The weights of a parameter that are not zero; all of it, if `places` is None.
 
     Args:
-        stored: the parameter as the checkpoint has it, which may be finer than the forwards' dtype; this process's rows
-            of it, if the parameter is sharded.
+        stored: the parameter as the checkpoint has it, which may be finer than the forwards' dtype.
         linears: the linears inside the parameter; needed for `values`.
         values, group: the kind that the forwards see of each linear; one that has none is trained freely. Of few bits its
             scales are trained, too; int8's follow the weights.
@@ -86,18 +84,13 @@ class Survivors:
         # No scales: their decay would shrink the whole grid.
         self.decayed = [self.vector] if parameter.dim() > 1 else []
 
-    @property
-    def sharded(self) -> bool:
-        """Whether other processes hold the other rows."""
-        return here(self.parameter) is not self.parameter
-
     @torch.no_grad()
     def collect(self) -> None:
         """Add the parameter's gradient to the tensors'; whoever calls drops it."""
         gradient = self.parameter.grad
         if gradient is None:
             return
-        flat = self._gathered(here(gradient))
+        flat = self._gathered(gradient)
         if self.grids:
             latent, dense = self._spread(self.vector), self._spread(flat)
             for linear in self.linears:
@@ -113,13 +106,12 @@ class Survivors:
     @torch.no_grad()
     def write(self) -> None:
         """Give the parameter the value the tensors stand for."""
-        parameter = here(self.parameter)
         if self.values:
-            parameter.copy_(self.value())
+            self.parameter.copy_(self.value())
         elif self.places is None:
-            parameter.copy_(self.vector.view_as(parameter))
+            self.parameter.copy_(self.vector.view_as(self.parameter))
         else:
-            parameter.data.view(-1).index_put_((self.places,), self.vector.to(parameter.dtype))
+            self.parameter.data.view(-1).index_put_((self.places,), self.vector.to(self.parameter.dtype))
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -147,10 +139,9 @@ class Survivors:
 
     def _spread(self, flat: Tensor) -> Tensor:
         """A copy in the parameter's shape and float32, zero where nothing is kept."""
-        shape = here(self.parameter).shape
         if self.places is None:
-            return flat.detach().to(torch.float32, copy=True).view(shape)
-        dense = torch.zeros(shape, device=flat.device)
+            return flat.detach().to(torch.float32, copy=True).view(self.parameter.shape)
+        dense = torch.zeros(self.parameter.shape, device=flat.device)
         dense.view(-1).index_put_((self.places,), flat.detach().float())
         return dense
 
@@ -162,7 +153,6 @@ class Factors:
         self.name, self.linear, self.parameter = linear.name, linear, parameter
         self.decayed: list[nn.Parameter] = []
         self.unmasked: dict[str, int] = {}
-        self.sharded = False
         self.base_OI = linear.view(stored.detach().to(parameter.device)).clone()
         out, columns = self.base_OI.shape
         generator = torch.Generator().manual_seed(seed)

@@ -64,7 +64,7 @@ class Crops:
         return list(range(self.training, self.training + len(self.measured)))
 
     def rows(self, step: int) -> list[int]:
-        """Crops of one step, over all processes."""
+        """Crops of one step."""
         return list(range(step * self.batch, (step + 1) * self.batch))
 
     def take(self, rows: Sequence[int]) -> Samples:

@@ -75,7 +75,7 @@ class Reading(Protocol):
     def held_out(self) -> list[int]: ...
 
     def rows(self, step: int) -> list[int]:
-        """Rows of one step, over all processes."""
+        """Rows of one step."""
         ...
 
     def take(self, rows: Sequence[int]) -> Samples:
@@ -147,7 +147,7 @@ class TrainingWindows:
         return list(range(self.training, len(self.samples)))
 
     def rows(self, step: int) -> list[int]:
-        """Training windows of one step, over all processes."""
+        """Training windows of one step."""
         first = step * self.batch
         return [self.order.row(position) for position in range(first, first + self.batch)]
 

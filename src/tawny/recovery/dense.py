@@ -29,7 +29,6 @@ from tawny.precision import compute_dtype
 from tawny.progress import Progress, silent
 from tawny.recovery.crops import crops_of
 from tawny.recovery.data import Reading, check_given, read, read_given, written_tokens
-from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import SEEING_RATE, Recovery
 from tawny.recovery.student import LEAST_SPARSITY, Student
@@ -63,15 +62,12 @@ def recover_dense(request: RecoveryRequest) -> RecoveryRecord:
     """`recover` for what is not packed; of a loss that became NaN the record knows, once a better model is written."""
     before = peak_memory()
     _check_wanted(request)
-    settings = request.settings
-    with Processes(settings.device, shard=settings.shard) as processes, ExitStack() as ending:
+    with ExitStack() as ending:
         try:
-            training = _open(request, processes, ending)
+            training = _open(request, ending)
             training.record.memory_before = before
             training.train()
             record = training.finish()
-            if record.failure is not None:
-                processes.wait()  # the error of one process ends them all: not before the first has written
         except KeyboardInterrupt as error:
             left = "this training has saved no state yet, and the same command begins it anew"
             if request.out is not None and any((unfinished(request.out) / "steps").glob("training/state*")):
@@ -82,29 +78,18 @@ def recover_dense(request: RecoveryRequest) -> RecoveryRecord:
     return record
 
 
-def _open(request: RecoveryRequest, processes: Processes, ending: ExitStack) -> Training:
+def _open(request: RecoveryRequest, ending: ExitStack) -> Training:
     """Check and open all that a training works on; `ending` cleans up, whatever happens after."""
     source, teacher, out, settings = request.source, request.teacher, request.out, request.settings
-    if settings.batch < processes.size:
-        raise RecipeError(
-            f"batch={settings.batch} among {processes.size} processes: expected a window for each; raise it with "
-            f"-o batch={processes.size}, or start fewer"
-        )
-    if processes.sharded and settings.batch % processes.size:
-        raise RecipeError(
-            f"batch={settings.batch} among {processes.size} processes with shard=true: expected a multiple, "
-            "because all of them take part in every forward"
-        )
     folder = None if isinstance(source, nn.Module) else resolve(source, request.progress.say)
     place = None if out is None else Workplace(out)
     if place is not None:
         if folder is None:
             check_savable(source)
         ending.enter_context(place)
-        if processes.first:
-            reads = models_read(model=source, teacher=teacher)
-            # A live model's run leaves nothing to go on from.
-            place.claim(overwrite=request.overwrite, reads=reads, continues=folder is not None)
+        reads = models_read(model=source, teacher=teacher)
+        # A live model's run leaves nothing to go on from.
+        place.claim(overwrite=request.overwrite, reads=reads, continues=folder is not None)
     own = is_own_teacher(folder, teacher)
     rounded = settings.values is not None and not (folder and solved_for(folder)[0].names)
     check_not_own_teacher(own and not (settings.control or rounded))
@@ -120,20 +105,18 @@ def _open(request: RecoveryRequest, processes: Processes, ending: ExitStack) -> 
         _check_encoder(stack, teacher_stack)
     clock = Clock()
     with clock("text"):
-        reading = _reading(request, stack, teacher_stack, dense, reader, processes)
+        reading = _reading(request, stack, teacher_stack, dense, reader)
     # What is not made of tokens is as long as its model makes it.
     slow = settings.lr is None and settings.method.weights == "trained" and input_of(stack.model) == PIXELS
     width = next((linear.shape[1] for i in range(len(stack)) for linear in stack.linears(i)), 0)
     settings = Recovery.make(
         settings, seqlen=reading.seqlen, lr=SEEING_RATE if slow else settings.rate_for(width)
     )
-    student = Student(stack, settings, processes, request.kinds)
+    student = Student(stack, settings, request.kinds)
     ending.callback(student.close)
     check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
     _tell_memory(student, settings, request.progress)
-    training = Training(
-        settings, student, teacher_stack, reading, processes, place, folder, request.progress, clock
-    )
+    training = Training(settings, student, teacher_stack, reading, place, folder, request.progress, clock)
     training.record.source = str(source) if folder else type(source).__name__
     if teacher is not None:
         training.record.teacher = str(teacher) if dense is not None else type(teacher).__name__
@@ -181,7 +164,6 @@ def _reading(
     teacher: Stack | None,
     dense: Path | None,
     reader: Any,
-    processes: Processes,
 ) -> Reading:
     """What is trained on and measured on, checked against what the model takes."""
     settings, say = request.settings, request.progress.say
@@ -216,9 +198,8 @@ def _reading(
 
         def written(share: float) -> Text:
             assert teacher is not None
-            how: dict[str, Any] = {"group": processes, "progress": request.progress}
-            model = dense or teacher.model
-            author = author_of(model, reader, settings.seed, teacher.compute, settings.device, **how)
+            model, say = dense or teacher.model, request.progress
+            author = author_of(model, reader, settings.seed, teacher.compute, settings.device, progress=say)
             return author.write(written_tokens(settings, share))
 
         own = None if teacher is None else written
@@ -266,8 +247,6 @@ def _check_wanted(request: RecoveryRequest) -> None:
         raise RecipeError(
             f"recovering {request.source} needs a folder to write to: give out=… (or --out DIR)"
         )
-    if request.settings.shard and live:
-        raise RecipeError("shard=true reads a model part by part: give a folder instead of a live module")
 
 
 def _stacks(request: RecoveryRequest, folder: Path | None) -> tuple[Stack, Stack | None]:

@@ -11,7 +11,6 @@ __all__ = ["recover_gradually"]
 import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tawny.errors import NumericalError, RecipeError
 from tawny.model.identity import source_identity
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
+from tawny.process_group import refuse_several
 from tawny.progress import Progress, silent
 from tawny.pruning.run import prune
 from tawny.recipe.files import read_mapping
@@ -27,7 +27,6 @@ from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.recovery.dense import RecoveryRequest
 from tawny.recovery.packed import check_factors
-from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.run import carry_out
 from tawny.recovery.settings import Recovery
@@ -63,10 +62,11 @@ def recover_gradually(
         The record of the last recovery; `stages` sums up all of them.
 
     Raises:
-        RecipeError: the sparsities do not rise.
+        RecipeError: the sparsities do not rise, or torchrun started several processes.
         NumericalError: the loss of a step became NaN; its best model so far stays in `OUT.partial`.
         OutputError: `OUT.partial` holds the steps of another run, or `out` cannot be written.
     """
+    refuse_several("recovery")
     place = Workplace(place_of(out))
     if not sparsities or sorted(set(sparsities)) != list(sparsities):
         raise RecipeError(
@@ -86,15 +86,12 @@ def recover_gradually(
         "text": texts_identity(chosen.text),
     }
 
-    def begin() -> None:
+    whole = len(recipes) * (len(recipes) + 1) / 2
+    stages: list[dict[str, Any]] = []
+    with place:
         place.claim(overwrite=overwrite, reads=models_read(model=source, teacher=teacher))
         place.require(verb="recover --through", **identity)
         place.begin()
-
-    whole = len(recipes) * (len(recipes) + 1) / 2
-    stages: list[dict[str, Any]] = []
-    with Processes(chosen.device) as processes, place:
-        processes.once(begin)
         here = folder
         for number, recipe in enumerate(recipes):
             share = (number + 1) / whole
@@ -105,11 +102,11 @@ def recover_gradually(
                 tokens=max(1, round(chosen.tokens * share)),
                 minutes=None if chosen.minutes is None else chosen.minutes * share,
             )
-            if processes.same(not pruned.exists() and not recovered.exists()):
+            if not pruned.exists() and not recovered.exists():
                 prune(here, pruned, recipe=recipe, progress=progress, author=teacher)
-            if processes.same(not recovered.exists()):
+            if not recovered.exists():
                 carry_out(RecoveryRequest(pruned, teacher, recovered, part, progress))
-            processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
+            shutil.rmtree(pruned, ignore_errors=True)
             record = RecoveryRecord.read(recovered / "recover.json")
             if record.failure is not None:  # told again when it is repeated, and no step follows
                 raise NumericalError(f"step {number + 1} of {len(recipes)}, in {recovered}: {record.failure}")
@@ -121,13 +118,9 @@ def recover_gradually(
         record.settings |= {"tokens": chosen.tokens, "minutes": chosen.minutes}
         record.tokens = sum(stage["tokens"] for stage in stages)
         record.seconds = _sums([stage["seconds"] for stage in stages])
-
-        def end() -> None:
-            retell(here, record, source=str(source), base=folder)
-            draw(record, here, progress)
-            place.deliver(here)
-
-        processes.once(end)
+        retell(here, record, source=str(source), base=folder)
+        draw(record, here, progress)
+        place.deliver(here)
     return record
 
 

@@ -46,13 +46,11 @@ class Method:
     Attributes:
         rate: the highest learning rate where none is given; low-rank factors and norms are few and bear more.
         weights: whether surviving weights are trained where they are, get a product added, or are kept as they are.
-        by_rows: whether a process can train its rows alone.
         cover: what is trained of the linears of a block.
     """
 
     rate: float
     weights: Literal["trained", "added to", "kept"]
-    by_rows: bool
     cover: Cover
 
 
@@ -85,7 +83,7 @@ def _nothing(linears: Sequence[Linear], of: Covering) -> list[Coordinates]:
 
 
 METHODS = {
-    "survivors": Method(rate=3e-4, weights="trained", by_rows=True, cover=_survivors),
-    "norms": Method(rate=2e-3, weights="kept", by_rows=True, cover=_nothing),
-    "lora": Method(rate=1e-3, weights="added to", by_rows=False, cover=_factors),
+    "survivors": Method(rate=3e-4, weights="trained", cover=_survivors),
+    "norms": Method(rate=2e-3, weights="kept", cover=_nothing),
+    "lora": Method(rate=1e-3, weights="added to", cover=_factors),
 }

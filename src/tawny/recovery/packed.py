@@ -24,7 +24,6 @@ from tawny.packed.folder import PackedFolder
 from tawny.progress import Progress
 from tawny.recovery.dense import RecoveryRequest, recover_dense
 from tawny.recovery.methods import METHODS
-from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
 from tawny.recovery.teacher import check_not_own_teacher, is_own_teacher
@@ -41,11 +40,6 @@ def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[
     refuse_trained(settings, solved.names, folder)
     if not solved.of or settings.method.weights != "trained" or settings.values is not None:
         return {}
-    if settings.shard:
-        raise RecipeError(
-            f"shard=true leaves some rows to each process, and {folder} was solved for {', '.join(solved.of)}, whose levels are those of "
-            "whole linears: leave shard out, or give train=norms"
-        )
     progress.say(f"training through the grids of {', '.join(solved.of)}, which {folder} was solved for")
     return {name: kind for name, kind in kinds.items() if kind_of(kind).bits < 8 or solved.group_size is None}
 
@@ -131,14 +125,15 @@ def recover_packed(request: RecoveryRequest, folder: Path, out: Path) -> Recover
         "held_out": None if held_out is None else _digest(held_out),
     }
 
-    def begin() -> None:
+    with place:
         reads = models_read(model=request.source, teacher=request.teacher)
         place.claim(overwrite=request.overwrite, reads=reads)
         place.require(verb="recover packed", **identity)
         place.begin()
         place.folder("unpacked", lambda made: unpack(folder, made, progress=progress))
-
-    def end() -> None:
+        if not trained.exists():
+            training = replace(request, source=unpacked, out=trained, overwrite=False)
+            recover_dense(replace(training, settings=settings, kinds=several))
         record = RecoveryRecord.read(trained / "recover.json")
         record.source, record.out = str(request.source), str(out)
         draw(record, trained, progress)
@@ -151,17 +146,7 @@ def recover_packed(request: RecoveryRequest, folder: Path, out: Path) -> Recover
         # What packing changed is told by the card too, unless a person wrote it.
         retell(packed, record, base=packed if is_made(trained) else None)
         place.deliver(packed)
-
-    with Processes(settings.device) as processes, place:
-        processes.once(begin)
-        if processes.same(not trained.exists()):
-            recover_dense(
-                replace(
-                    request, source=unpacked, out=trained, settings=settings, overwrite=False, kinds=several
-                )
-            )
-        processes.once(end)
-    return RecoveryRecord.read(out / "recover.json")
+    return record
 
 
 def _packing(folder: Path) -> dict[str, Any]:

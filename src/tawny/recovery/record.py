@@ -57,7 +57,6 @@ class RecoveryRecord:
     tokens_per_second: float = 0.0
     teacher_tokens: int = 0
     teacher_bytes: int = 0
-    processes: int = 1
     peak_memory: int = 0
     memory_before: int = 0
     bytes: int = 0

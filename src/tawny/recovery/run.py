@@ -25,6 +25,7 @@ from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
+from tawny.process_group import refuse_several
 from tawny.progress import Progress, silent
 from tawny.recovery.dense import RecoveryRequest, recover_dense
 from tawny.recovery.packed import check_grid, recover_packed, refuse_trained, several_kinds
@@ -69,6 +70,7 @@ def recover(
         NumericalError: the loss became NaN; the best model so far is written, if any was better than the start.
         Interrupted: the user pressed Ctrl-C. The same command goes on; a live model has its best weights so far.
     """
+    refuse_several("recovery")
     several = isinstance(text, list) and all(isinstance(one, str | Path) for one in text)
     if several or isinstance(text, str | Path):
         keys["text"] = text

@@ -78,7 +78,6 @@ class Recovery:
         rank: of LoRA factors.
         control: allow a model without zeros, to compare with.
         chunk: tokens whose logits exist at once; None is about 50 MB of them, and at least 256.
-        shard: of several processes each keeps its rows of the blocks only (FSDP2), for models that one cannot hold.
     """
 
     train: Trained = "survivors"
@@ -105,7 +104,6 @@ class Recovery:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     control: bool = False
     chunk: Annotated[int, Field(ge=1)] | None = None
-    shard: bool = False
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "cpu"
 
@@ -145,11 +143,6 @@ class Recovery:
             raise RecipeError(
                 f"weight_decay={settings.weight_decay:g} is of surviving weights, and train={settings.train} trains none of them: leave it "
                 f"out, or give train={trained}"
-            )
-        if settings.shard and (not method.by_rows or settings.values):
-            by_rows = " or ".join(name for name, one in METHODS.items() if one.by_rows)
-            raise RecipeError(
-                f"shard=true trains rows where they lie; it goes with train={by_rows}, and no values"
             )
         if (settings.micro_batch or 1) > settings.batch:
             raise RecipeError(f"micro_batch={settings.micro_batch} is more than batch={settings.batch}")

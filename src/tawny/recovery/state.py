@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.recovery.coordinates import Coordinates
-from tawny.recovery.processes import Processes
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _OF_EACH = ("step", *_MOMENTS)  # an expert without a token in some step has made fewer than the others
@@ -28,7 +27,7 @@ class Standing:
 
     Attributes:
         step: optimiser steps done.
-        seconds: of all processes that worked on it.
+        seconds: of all runs that worked on it.
         phases: the same by phase.
         step_seconds: of the last step, without the teacher.
         curve: one entry a step: step, tokens, lr, loss, kl, norm.
@@ -60,7 +59,6 @@ class Shelf:
 
     Args:
         folder: of the states; None keeps the best weights in memory and nothing else.
-        parts: the processes, where each keeps a part of its own.
     """
 
     def __init__(
@@ -68,11 +66,9 @@ class Shelf:
         folder: Path | None,
         coordinates: Sequence[Coordinates],
         optimiser: torch.optim.Optimizer,
-        parts: Processes | None,
     ) -> None:
-        self.folder, self.parts, self.coordinates = folder, parts, coordinates
+        self.folder, self.coordinates = folder, coordinates
         self.optimiser = optimiser
-        self._tag = "" if parts is None else f"-{parts.rank}"
         self._best: dict[str, torch.Tensor] = {}
 
     def load(self) -> Standing | None:
@@ -108,45 +104,21 @@ class Shelf:
                 tensors |= {f"{name}|{key}": state[key] for key in _OF_EACH}
         metadata = {"standing": json.dumps(asdict(standing))}
         before = self._kept("state")
-        self._write(name := f"state{self._tag}-{standing.step}.safetensors", tensors, metadata)
-        if self.parts is not None:
-            self.parts.wait()  # an older part goes when every newer one is there
-        best = f"best{self._tag}-{(standing.best or {}).get('step', 0):.0f}.safetensors"
+        self._write(name := f"state-{standing.step}.safetensors", tensors, metadata)
+        best = f"best-{(standing.best or {}).get('step', 0):.0f}.safetensors"
         for path in [*before, *self._kept("best")]:
             if path.name not in (name, best):
                 path.unlink()
 
     def _state(self) -> Path | None:
-        """The file to go on from. Of parts the newest that every process has, for a crash may come between two writes."""
+        """The newest file: a crash may come before an older one is deleted."""
         if self.folder is None:
             return None
-        mine = {int(path.stem.rpartition("-")[2]): path for path in self._kept("state")}
-        everybodys = [list(mine)] if self.parts is None else self.parts.all_of(list(mine))
-        common = set.intersection(*map(set, everybodys))
-        return mine[max(common)] if common else None
+        return max(self._kept("state"), key=lambda path: int(path.stem.rpartition("-")[2]), default=None)
 
     def _kept(self, what: str) -> list[Path]:
         assert self.folder is not None
-        return list(self.folder.glob(f"{what}{self._tag}-*.safetensors"))
-
-    def join(self) -> Callable[[str], torch.Tensor]:
-        """From the parts of all processes the whole vector of a name, for the first process to write."""
-        assert self.folder is not None and self.parts is not None
-        mine = {
-            name: tensor for one in self.coordinates if one.sharded for name, tensor in one.tensors.items()
-        }
-        self._write(f"last{self._tag}.safetensors", mine)
-        ranks = self.parts.all_of(self.parts.rank)
-        paths = [self.folder / f"last-{rank}.safetensors" for rank in ranks]
-
-        def whole(name: str) -> torch.Tensor:
-            pieces = []
-            for path in paths:
-                with safe_open(path, framework="pt") as file:
-                    pieces.append(file.get_tensor(name))
-            return torch.cat(pieces)
-
-        return whole
+        return list(self.folder.glob(f"{what}-*.safetensors"))
 
     def keep_best(self, step: int) -> None:
         """The weights of this step; an older file goes when a state names this one."""
@@ -154,13 +126,13 @@ class Shelf:
         if self.folder is None:
             self._best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         else:
-            self._write(f"best{self._tag}-{step}.safetensors", tensors)
+            self._write(f"best-{step}.safetensors", tensors)
 
     def restore_best(self, step: int) -> None:
         if self.folder is None:
             self._put_back(self._best.__getitem__)
         else:
-            with safe_open(self.folder / f"best{self._tag}-{step}.safetensors", framework="pt") as file:
+            with safe_open(self.folder / f"best-{step}.safetensors", framework="pt") as file:
                 self._put_back(file.get_tensor)
 
     def _write(

@@ -16,9 +16,7 @@ from tawny.model.linears import Linear
 from tawny.model.stack import Inputs, Stack
 from tawny.recovery.coordinates import Coordinates, Survivors, attach
 from tawny.recovery.methods import Covering
-from tawny.recovery.processes import Processes
 from tawny.recovery.settings import Recovery
-from tawny.recovery.sharding import here, rows_of, shard
 
 # A dense model has a few zeros by chance.
 LEAST_SPARSITY = 0.01
@@ -34,10 +32,8 @@ class Student:
         ModelError: it has no zeros, and neither is a control nor brought to some sparsity or to values of few bits.
     """
 
-    def __init__(
-        self, stack: Stack, settings: Recovery, processes: Processes, kinds: Mapping[str, str] | None = None
-    ) -> None:
-        self.stack, self.settings, self.processes, self.kinds = stack, settings, processes, kinds or {}
+    def __init__(self, stack: Stack, settings: Recovery, kinds: Mapping[str, str] | None = None) -> None:
+        self.stack, self.settings, self.kinds = stack, settings, kinds or {}
         self.coordinates: list[Coordinates] = []
         self.linears: list[Linear] = []
         self.zeros: dict[str, int] = {}
@@ -51,7 +47,7 @@ class Student:
             raise
 
     def _prepare(self) -> None:
-        stack, settings, processes = self.stack, self.settings, self.processes
+        stack, settings = self.stack, self.settings
         stack.model.requires_grad_(False)
         for parameter in stack.model.parameters():
             parameter.grad = None  # of a loop before, which the first step would add to its own
@@ -63,11 +59,6 @@ class Student:
             self.zeros |= {
                 linear.name: int((linear.view(stored[linear.key]) == 0).sum()) for linear in linears
             }
-            if processes.sharded:
-                stored = {
-                    name: rows_of(tensor.detach(), processes).clone() for name, tensor in stored.items()
-                }
-                shard(stack.blocks[index], processes)
             self._cover_linears(linears, stored)
             small = stack.blocks[index].named_parameters(prefix=stack.name(index))
             self._cover_small({name: (p, stored.get(name, p)) for name, p in small})
@@ -120,15 +111,8 @@ class Student:
                 yield name, (parameter, stored)
 
     @torch.no_grad()
-    def count_zeros(self) -> int:
-        """Zeros among the prunable weights as they are now."""
-        parameters = {id(p): p for p in (getattr(x.module, x.parameter) for x in self.linears)}
-        count = sum(int((here(parameter) == 0).sum()) for parameter in parameters.values())
-        return self.processes.total(count) if self.processes.sharded else count
-
-    @torch.no_grad()
-    def count_zeros_each(self) -> dict[str, int]:
-        """The same, by linear; of parameters that are whole here."""
+    def count_zeros(self) -> dict[str, int]:
+        """Zeros among the prunable weights as they are now, by linear."""
         return {
             linear.name: int((linear.view(getattr(linear.module, linear.parameter)) == 0).sum())
             for linear in self.linears

@@ -27,7 +27,6 @@ from tawny.model.structure import predicts_tokens
 from tawny.progress import Progress
 from tawny.recovery.data import Reading
 from tawny.recovery.objective import Losses, chunk_tokens, distil, match
-from tawny.recovery.processes import Processes
 from tawny.recovery.record import NAN, RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
 from tawny.recovery.state import Shelf, Standing
@@ -58,14 +57,13 @@ class Training:
         student: Student,
         teacher: Stack | None,
         reading: Reading,
-        processes: Processes,
         place: Workplace | None,
         folder: Path | None,
         progress: Progress,
         clock: Clock,
     ) -> None:
         self.settings, self.student, self.reading = settings, student, reading
-        self.processes, self.place, self.progress = processes, place, progress
+        self.place, self.progress = place, progress
         self._teacher_stack, self.folder = teacher, folder
         self.teacher: Teacher | None = None
         self.clock = clock
@@ -78,9 +76,10 @@ class Training:
         # A chunk goes through the model's own forward as one sequence.
         longest = hard_context_of(student.stack.model) if self.predicts else None
         self.chunk = min(chunk_tokens(vocabulary, settings.chunk), longest or sys.maxsize)
+        self.tensors = [t for c in student.coordinates for t in c.tensors.values()]
         decayed = [t for c in student.coordinates for t in c.decayed]
         known = set(map(id, decayed))
-        others = [t for c in student.coordinates for t in c.tensors.values() if id(t) not in known]
+        others = [t for t in self.tensors if id(t) not in known]
         groups = ((decayed, settings.weight_decay), (others, 0.0))
         self.optimiser = torch.optim.AdamW(
             [{"params": tensors, "weight_decay": decay} for tensors, decay in groups if tensors],
@@ -88,9 +87,6 @@ class Training:
             betas=_BETAS,
             fused=student.stack.device.type in ("cpu", "cuda"),
         )
-        self.tensors = decayed + others
-        self._parts = [t for c in student.coordinates if c.sharded for t in c.tensors.values()]
-        self._whole = [t for c in student.coordinates if not c.sharded for t in c.tensors.values()]
         self.record = RecoveryRecord(
             settings=settings.to_mapping(),
             text=reading.about,
@@ -99,8 +95,7 @@ class Training:
             compute=str(student.stack.compute).removeprefix("torch."),
             zeros_before=sum(student.zeros.values()),
             prunable=student.prunable,
-            trained=self._count_trained(),
-            processes=processes.size,
+            trained=sum(t.numel() for t in self.tensors),
         )
         if student.unmasked:
             self.record.warnings.append(
@@ -121,17 +116,11 @@ class Training:
                 "model": source_identity(self.folder),
                 "teacher": source_identity(known),
                 "text": self.reading.about["tokens_sha256"],
-                "processes": self.processes.size,
             }
-
-            def begin() -> None:
-                place.require(verb="recover", **identity)
-                place.begin()
-                folder.mkdir(exist_ok=True)
-
-            self.processes.once(begin)
-        parts = self.processes if self.processes.sharded else None
-        self.shelf = Shelf(folder, self.student.coordinates, self.optimiser, parts)
+            place.require(verb="recover", **identity)
+            place.begin()
+            folder.mkdir(exist_ok=True)
+        self.shelf = Shelf(folder, self.student.coordinates, self.optimiser)
         if standing := self.shelf.load():
             self.standing, self._saved = standing, standing.step
             text = self.clock.seconds["text"]
@@ -141,7 +130,7 @@ class Training:
                 f"going on after step {standing.step} of {self.steps}; remove {place and place.path} to start over instead"
             )
         if teacher is not None:
-            cache = None if folder is None else folder / f"teacher-{self.processes.rank}.bin"
+            cache = None if folder is None else folder / "teacher.bin"
             self.teacher = Teacher(teacher, self.reading, cache)
             self.teacher.share(self.student.stack)
 
@@ -172,7 +161,7 @@ class Training:
                 due = at % self.settings.eval_every == 0 and self._affords_measuring()
                 if due or over in ("tokens", "minutes"):
                     self._measure()
-                if self.processes.same(stop.is_set()):
+                if stop.is_set():
                     self._save()
                     raise Interrupted(f"stopped by Ctrl-C after step {at}; {self._left()}")
                 late = self._elapsed() - self.standing.seconds >= _SAVING
@@ -203,7 +192,7 @@ class Training:
     def _ahead(self) -> float:
         """Seconds of one more step, if it takes as long as the last one, and of the teacher's forwards for it."""
         standing, settings = self.standing, self.settings
-        taught = self._a_token() * settings.batch * settings.seqlen / self.processes.size
+        taught = self._a_token() * settings.batch * settings.seqlen
         return standing.step_seconds + (taught if self._unseen() else 0.0)
 
     @property
@@ -228,11 +217,11 @@ class Training:
             if not self.reading.passes:
                 missing = min(missing, len(self.teacher.missing(range(self.reading.training))))
             a_token = standing.teacher_seconds / max(1, standing.teacher_tokens)
-            left += a_token * missing * settings.seqlen / self.processes.size
+            left += a_token * missing * settings.seqlen
         self.progress.at(far, min(left, ends))
 
     def _elapsed(self) -> float:
-        return self.processes.same(self.standing.seconds + time.perf_counter() - self._begun)
+        return self.standing.seconds + time.perf_counter() - self._begun
 
     def _share(self, ahead: int = 0) -> float:
         """How much of the run is over, by whichever budget ends first."""
@@ -261,10 +250,8 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with self.clock("train"):
-            losses = self._gradients(self.processes.share(self.reading.rows(standing.step)))
-            self.processes.sum_gradients(self._whole)
-            losses = self.processes.add_losses(losses)
-            norm = self.processes.clip(self._whole, self._parts, settings.clip)
+            losses = self._gradients(self.reading.rows(standing.step))
+            norm = float(nn.utils.clip_grad_norm_(self.tensors, settings.clip))
             loss = (losses.next_token * (1 - self._kl) + losses.kl * self._kl) / losses.tokens
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NumericalError(
@@ -309,7 +296,7 @@ class Training:
         return f"the best model so far, of step {best['step']:.0f}, is kept"
 
     def _gradients(self, rows: list[int]) -> Losses:
-        """Losses of this process's windows, their gradients left with the coordinates."""
+        """Losses of some windows, their gradients left with the coordinates."""
         settings = self.settings
         total = Losses()
         micro = settings.micro_batch or len(rows)
@@ -321,18 +308,16 @@ class Training:
             losses, gradient_BTH = self._distil(samples, hidden_BTH, some, scale)
             total.add(losses)
             if gradient_BTH is not None:
-                if self.processes.sharded:  # whose gradients are averaged
-                    gradient_BTH *= self.processes.size
                 torch.autograd.backward([hidden_BTH], [gradient_BTH])
         return total
 
     def _counted(self, rows: list[int]) -> int:
-        """Losses that a step's loss is the mean of, over all processes."""
+        """Losses that a step's loss is the mean of."""
         settings = self.settings
         if self.predicts:
             return settings.batch * (settings.seqlen - 1)
-        mask = self.reading.take(rows).mask if rows else None
-        return self.processes.total(len(rows) * settings.seqlen if mask is None else int(mask.sum()))
+        mask = self.reading.take(rows).mask
+        return len(rows) * settings.seqlen if mask is None else int(mask.sum())
 
     def _distil(
         self, samples: Samples, hidden_BTH: Tensor, rows: list[int], scale: float | None
@@ -364,19 +349,13 @@ class Training:
         """Have the hidden states of this step's windows; if any are missing, those of the next steps too."""
         if not self._unseen():
             return
-        now = self._rows(self.standing.step)
-        first, last = self._walked_with(max(1, len(now)) * self.settings.seqlen)
-        self._make([row for step in range(first, min(last, self.steps)) for row in self._rows(step)])
+        rows = self.reading.rows
+        first, last = self._walked_with(len(rows(self.standing.step)) * self.settings.seqlen)
+        self._make([row for step in range(first, min(last, self.steps)) for row in rows(step)])
 
     def _unseen(self) -> bool:
-        """Whether the teacher has yet to see windows of the next step, in any process."""
-        if self.teacher is None:
-            return False
-        missing = self.teacher.missing(self._rows(self.standing.step))
-        return any(self.processes.all_of(bool(missing)))
-
-    def _rows(self, step: int) -> list[int]:
-        return self.processes.share(self.reading.rows(step))
+        """Whether the teacher has yet to see windows of the next step."""
+        return self.teacher is not None and bool(self.teacher.missing(self.reading.rows(self.standing.step)))
 
     def _walked_with(self, tokens: int) -> tuple[int, int]:
         """The steps, of so many tokens each, whose hidden states are made in one walk with those of this one.
@@ -400,7 +379,7 @@ class Training:
         if self.clock.seconds.get("train"):
             each = self._elapsed() / max(1, len(standing.curve))
         else:
-            each = _STEP_FORWARDS * self._a_token() * settings.batch * settings.seqlen / self.processes.size
+            each = _STEP_FORWARDS * self._a_token() * settings.batch * settings.seqlen
         if not each:  # gone on with before the first step: one is walked, which says how long they take
             return 1
         return max(1, math.ceil((self._ends - self._elapsed()) / each))
@@ -408,7 +387,7 @@ class Training:
     def _a_token(self) -> float:
         """Seconds that the teacher takes for one."""
         standing = self.standing
-        return self.processes.same(standing.teacher_seconds / max(1, standing.teacher_tokens))
+        return standing.teacher_seconds / max(1, standing.teacher_tokens)
 
     def _make(self, rows: list[int]) -> None:
         assert self.teacher is not None
@@ -424,7 +403,7 @@ class Training:
         if self._ends is None:
             return True
         most = min(_MEASURING * self._elapsed(), _MEASURING * self._ends - standing.cost)
-        return self.processes.same(standing.measuring + standing.cost <= most)
+        return standing.measuring + standing.cost <= most
 
     @torch.no_grad()
     def _measure(self) -> None:
@@ -434,8 +413,7 @@ class Training:
         total = self._held_out_losses()
         taken = self._elapsed() - begun
         standing.measuring += taken
-        # Each process has asked the teacher for windows of its own; all must see the same end.
-        standing.cost = self.processes.same(max(0.0, taken - (standing.teacher_seconds - taught)))
+        standing.cost = max(0.0, taken - (standing.teacher_seconds - taught))
         mean = total.next_token / total.tokens
         entry = {
             "step": float(standing.step),
@@ -454,8 +432,7 @@ class Training:
             line += f", KL {entry['kl']:.3f}, top-1 {entry['top1']:.1%}"
         self.progress.say(line)
         if standing.best is None or entry["loss"] < standing.best["loss"]:
-            if self._keeps:
-                self.shelf.keep_best(standing.step)
+            self.shelf.keep_best(standing.step)
             standing.best, standing.stale = entry, 0  # once it is kept: Ctrl-C may come between
         else:
             standing.stale += 1
@@ -466,7 +443,7 @@ class Training:
         if standing.held_out or self._ends is None:
             standing.held_out = standing.held_out or len(everything)
             return self._losses(everything[: standing.held_out])
-        total, count, begun = Losses(), min(self.processes.size, len(everything)), self._elapsed()
+        total, count, begun = Losses(), min(1, len(everything)), self._elapsed()
         while count:
             start = self._elapsed()
             total.add(self._losses(everything[standing.held_out : standing.held_out + count]))
@@ -475,12 +452,11 @@ class Training:
             each = (self._elapsed() - start) / count
             room = _MEASURING / 2 * self._ends - (self._elapsed() - begun)
             left = len(everything) - standing.held_out
-            count = self.processes.same(max(0, min(left, math.floor(room / max(each, 1e-9)))))
+            count = max(0, min(left, math.floor(room / max(each, 1e-9))))
             self.progress.at(standing.held_out, count * each)
         return total
 
-    def _losses(self, windows: list[int]) -> Losses:
-        rows = self.processes.share(windows)
+    def _losses(self, rows: list[int]) -> Losses:
         phased = not self.standing.measured and self._ends is None  # a phase of its own
         if self.teacher is not None:
             self._make(rows)
@@ -488,25 +464,20 @@ class Training:
         with self.clock("measure"):
             total = Losses()
             size = self.settings.micro_batch or self.settings.batch
-            for turn in range(self.processes.rounds(windows, size)):
-                some = rows[turn * size : (turn + 1) * size]
-                if not some:  # the others' forwards gather this process's rows
-                    self.student.hidden(self.reading.take(windows[:1]).inputs)
-                    continue
+            for start in range(0, len(rows), size):
+                some = rows[start : start + size]
                 samples = self.reading.take(some)
                 total.add(self._distil(samples, self.student.hidden(samples.inputs), some, None)[0])
                 if phased:
-                    done = min((turn + 1) * size, len(rows))
-                    left = (time.perf_counter() - begun) / done * (len(rows) - done)
-                    self.progress.at(round(done / len(rows) * len(windows)), left)
-            return self.processes.add_losses(total)
+                    done = start + len(some)
+                    self.progress.at(done, (time.perf_counter() - begun) / done * (len(rows) - done))
+            return total
 
     def _save(self) -> None:
         self.standing.seconds, self.standing.phases = self._elapsed(), dict(self.clock.seconds)
         self._begun = time.perf_counter()
-        if self.processes.first or self.processes.sharded:
-            with self.clock("save"):
-                self.shelf.save(self.standing)
+        with self.clock("save"):
+            self.shelf.save(self.standing)
         self._saved = self.standing.step
 
     # --- the end -----------------------------------------------------------------------------------------------
@@ -520,14 +491,15 @@ class Training:
         """Go back to the best weights, count the zeros, write."""
         record, standing, settings = self.record, self.standing, self.settings
         best = standing.best
-        if best is not None and self._keeps and (record.failure is not None or best["step"] != standing.step):
+        if best is not None and (record.failure is not None or best["step"] != standing.step):
             self.shelf.restore_best(int(best["step"]))
         if best is not None and best["step"] == 0 and standing.step:
             record.warnings.append(
                 f"no measurement was better than the start, so the model is unchanged: try another --lr than "
                 f"{settings.learning_rate:g}, or more text"
             )
-        record.zeros = self.student.count_zeros()
+        zeros = self.student.count_zeros()
+        record.zeros = sum(zeros.values())
         record.sparsity = record.zeros / record.prunable
         record.steps = standing.step
         record.tokens = standing.step * settings.batch * settings.seqlen
@@ -537,40 +509,25 @@ class Training:
         record.teacher_tokens = standing.teacher_tokens
         if self.teacher is not None:
             record.teacher_bytes = standing.teacher_tokens * self.teacher.bytes_per_token
-        whole = self.shelf.join() if self.processes.sharded else None
         output = None
-        if self.place is not None and self.processes.first:
+        if self.place is not None:
             output = CheckpointWriter(self.place, anew=True)
             with self.clock("write"):
                 record.out = str(self.place.out)
-                record.bytes = write(output, self.student, self.folder, whole)
+                record.bytes = write(output, self.student, self.folder)
         if trained := self.clock.seconds.get("train", 0.0):
             record.tokens_per_second = record.tokens / trained
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
-        # Not `_elapsed`, for which the other processes would wait until this one has written.
-        total = standing.seconds + time.perf_counter() - self._begun + self.clock.seconds["text"]
-        record.seconds["total"] = round(total, 3)
+        record.seconds["total"] = round(self._elapsed() + self.clock.seconds["text"], 3)
         record.peak_memory = peak_memory()
         if output is not None:
             output.write_text("recover.json", record.to_json())
-            # Where each process has its rows only, the zeros are as many as before.
-            zeros = None if self.processes.sharded else self.student.count_zeros_each()
-            settings = self.settings
             off_grid = settings.method.weights != "kept" and not (settings.values or self.student.kinds)
             tell_run(output.folder, record, zeros, off_grid=off_grid)
             output.write_text("README.md", card(record, self.folder, output.folder))
             draw(record, output.folder, self.progress)
             output.deliver()
         return record
-
-    @property
-    def _keeps(self) -> bool:
-        """Whether this process keeps weights of its own: the first one for all, or each its part."""
-        return self.processes.first or self.shelf.folder is None or self.processes.sharded
-
-    def _count_trained(self) -> int:
-        parts = sum(t.numel() for t in self._parts)
-        return sum(t.numel() for t in self._whole) + (self.processes.total(parts) if self._parts else 0)
 
 
 @contextmanager

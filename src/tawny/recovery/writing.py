@@ -17,7 +17,7 @@ __all__ = [
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.methods import METHODS
 from tawny.recovery.record import RecoveryRecord
-from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
 from tawny.report.card import CARD, front_matter, model_card, packed_note
 from tawny.report.view import recovery_words
@@ -65,13 +64,8 @@ def write(
     output: CheckpointWriter,
     student: Student,
     folder: Path | None,
-    whole: Callable[[str], Tensor] | None = None,
 ) -> int:
-    """Write the model; returns the bytes of its tensors. Tensors keep the dtype they are stored in.
-
-    Args:
-        whole: the vectors of all processes, joined, where each holds a part; by the coordinates' name.
-    """
+    """Write the model; returns the bytes of its tensors. Tensors keep the dtype they are stored in."""
     stack = student.stack
     if folder is None or stack.checkpoint is None:
         stack.model.save_pretrained(output.folder)
@@ -87,7 +81,7 @@ def write(
         for unit in checkpoint.units_of(stack.name(index)):
             parameters = checkpoint.load(unit, stack.model)
             for name in unit.targets:
-                parameters[name] = _trained(parameters[name], trained.get(name, []), whole)
+                parameters[name] = _trained(parameters[name], trained.get(name, []))
             tensors.update(checkpoint.store(unit, parameters, stack.model))
             left -= set(unit.sources)
         names.append(f"{index:05d}")
@@ -95,21 +89,19 @@ def write(
     outside = checkpoint.read(sorted(left))
     for unit in checkpoint.units:
         if unit.converter is None and unit.targets[0] in trained and unit.sources[0] in left:
-            outside[unit.sources[0]] = _trained(outside[unit.sources[0]], trained[unit.targets[0]], whole)
+            outside[unit.sources[0]] = _trained(outside[unit.sources[0]], trained[unit.targets[0]])
     output.write_block(_OUTSIDE, outside)
     size = output.assemble(output.plan_shards([_OUTSIDE, *names]))
     output.carry(folder, (_RUN, "recipe.yaml"))
     return size
 
 
-def _trained(stored: Tensor, coordinates: list[Coordinates], whole: Callable[[str], Tensor] | None) -> Tensor:
+def _trained(stored: Tensor, coordinates: list[Coordinates]) -> Tensor:
     weight = stored
     for one in coordinates:
         if isinstance(one, Factors):
             weight = weight.clone()
             one.linear.view(weight).copy_(one.weight())
-        elif one.sharded and whole is not None:
-            weight = filled(stored, whole(one.name)).to(stored.dtype)
         else:
             weight = one.value().to("cpu", stored.dtype)
     return weight
@@ -164,12 +156,12 @@ def _section(record: RecoveryRecord) -> str:
 
 
 def tell_run(
-    folder: Path, record: RecoveryRecord, zeros: Mapping[str, int] | None = None, *, off_grid: bool = False
+    folder: Path, record: RecoveryRecord, zeros: Mapping[str, int], *, off_grid: bool = False
 ) -> None:
     """Make the carried `run.json` that of the recovered model; one that is not Tawny's is left alone.
 
     Args:
-        zeros: of every linear, where they were counted.
+        zeros: of every linear.
         off_grid: weights were trained past what packing had rounded them to.
     """
     run = _run_of(folder)
@@ -179,10 +171,10 @@ def tell_run(
         run["rounded"] = {key: kind for key, kind in (run.get("rounded") or {}).items() if key != "values"}
     run["files"], run["bytes"], run["out"] = weight_files(folder), record.bytes, record.out
     for entry in run.get("linears", []):
-        if zeros and entry["name"] in zeros:
+        if entry["name"] in zeros:
             entry["zeros"] = zeros[entry["name"]]
             entry["sparsity"] = entry["zeros"] / math.prod(entry["shape"])
-    if zeros and run.get("linears"):
+    if run.get("linears"):
         # Of those that pruning chose; training knows all of the model's.
         run["zeros"] = sum(entry["zeros"] for entry in run["linears"])
         run["sparsity"] = run["zeros"] / max(1, run["prunable"])

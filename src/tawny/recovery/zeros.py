@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
@@ -35,7 +36,6 @@ from transformers.pytorch_utils import Conv1D
 from tawny.errors import ModelError
 from tawny.model.structure import adapters
 from tawny.recovery.adapters import mask_adapter
-from tawny.recovery.sharding import here
 
 
 @dataclass(eq=False)
@@ -89,10 +89,9 @@ def _zeros(model: nn.Module) -> list[_Held]:
             raise ModelError(
                 f"{name}.{attribute} is on the meta device; load the weights before keep_sparsity"
             )
-        if here(value) is not value:
+        if isinstance(value, DTensor):
             raise ModelError(
-                f"{name}.{attribute} is sharded over processes; expected whole weights: give the model before it is sharded, "
-                "or let tawny recover shard it (-o shard=true)"
+                f"{name}.{attribute} is sharded over processes; expected whole weights: give the model before it is sharded"
             )
         pruned = value.detach() == 0
         if bool(pruned.any()):
