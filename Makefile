@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: help demo test test-all test-browser test-sanitize test-arm replay fuzz wheel llama lint format bench docs clean
 
 help:
-	@echo "make demo      prune a real language model, train it, pack it, compare and let it answer (minutes)"
+	@echo "make demo      show outliers, prune a real language model in two ways, fit it to 80 MB and let it answer (minutes)"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  lint, types and every test"
 	@echo "make test-browser    the report in a headless Chromium, if this machine has one"
@@ -125,5 +125,5 @@ docs: $(VENV)/.installed
 	$(BIN)/python scripts/check_links.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out demo-out.partial demo-out-packed demo-out-recovered demo-out-recovered.partial
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out
 	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

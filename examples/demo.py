@@ -1,36 +1,38 @@
-"""Prune a real language model at 30 %, train it for two minutes, pack it and let it talk: `make demo`.
+"""Give every part of a real language model the budget that it can bear: `make demo`.
 
-SmolLM2-135M comes from a package, its text (Wikipedia) too; nothing is fetched from a hub. The model's output says what each
-linear can lose, and SparseGPT which weights go and which 6-bit numbers the others become (`tawny prune -c quick`). Two minutes of `tawny recover` then teach the rest through
-the rounding of the packed file. The end is what `tawny compare` says of the dense, the pruned and the packed model (size,
-memory, quality and speed), an answer of the dense and of the packed one to the same question, and a page about the run.
+SmolLM2-135M comes from a package, its text (Wikipedia) too; nothing is fetched from a hub.
+
+1. Where are the outliers? A picture of them, block by block, and how allocators answer.
+2. Half of all weights go by SparseGPT: with OWL's shares, and by what the model's output feels (`tawny prune -c quick`;
+   the default solves by ALPS in as many minutes again: `--recipe default`).
+3. A fit to 80 MB, less than a third of the model, gives every linear its own bits instead. It answers a question.
+
+Calibration is tiny, so that two cores need about five minutes. `docs/decision-guide.md` says what to do with your model.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from functools import partial
 from pathlib import Path
 
 import tawny
-from tawny.cli.compare import compare_tables
 from tawny.cli.console import Console
-from tawny.cli.prune import record_tables
-from tawny.evaluation.samples import text_samples
-from tawny.report.comparison import to_html, write
-from tawny.report.publish import publish
+from tawny.cli.fit import fit_tables
+from tawny.report.plot import plot_allocations
+from tawny.words import share_text
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-VALUES = "int6"
-PROMPT = "The owl is a bird that"
+SPARSITY = 0.5
 QUESTION = "What is an owl?"
+# OWL asks nothing of the model's output.
+OWL = {"allocator": "owl", "solver": "sparsegpt", "output": "none"}
 
 
 def main() -> None:
@@ -41,86 +43,92 @@ def main() -> None:
     options.add_argument("--model", default="smollm2")
     options.add_argument("--out", type=Path, default=Path("demo-out"))
     options.add_argument("--text", default="wiki", help="calibrates and evaluates")
-    options.add_argument("--samples", type=int, default=16)
-    options.add_argument("--seqlen", type=int, default=1024)
-    options.add_argument("--windows", type=int, default=4)
-    options.add_argument("--minutes", type=float, default=2.0, help="of training")
-    options.add_argument("--prompt", default=PROMPT)
+    options.add_argument("--samples", type=int, default=8)
+    options.add_argument("--seqlen", type=int, default=256)
+    options.add_argument("--windows", type=int, default=8, help="of the comparison")
+    options.add_argument("--size", default="80MB", help="of the fit")
+    options.add_argument(
+        "--recipe", default="quick", help="prunes beside OWL; `default` takes minutes longer"
+    )
     options.add_argument("--question", default=QUESTION)
     chosen = options.parse_args()
-    recovered, packed = (
-        chosen.out.with_name(f"{chosen.out.name}-{name}") for name in ("recovered", "packed")
-    )
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    owl, felt, fitted = (chosen.out / name for name in ("owl", "felt", "fitted"))
+    calibration = {"calibration": chosen.text, "samples": chosen.samples, "seqlen": chosen.seqlen}
     console = Console()
+
+    print(f"1. Where are the outliers of {chosen.model}?", flush=True)
     with console.progress() as progress:
-        record = tawny.prune(
+        report = tawny.profile(
             chosen.model,
-            chosen.out,
-            sparsity=0.3,
-            solver="sparsegpt",
-            output="rows",
-            values=VALUES,
-            calibration=chosen.text,
-            samples=chosen.samples,
-            seqlen=chosen.seqlen,
-            overwrite=True,
+            sparsity=SPARSITY,
+            Ms=(5,),
+            allocators=["owl", "atp"],
             progress=progress,
-        )
-    console.result(record.to_dict(), record_tables)
+            **calibration,
+        ).to_dict()
+    picture = chosen.out / "outliers.svg"
+    (shares,) = report["shares"].values()
+    plot_allocations(
+        report["allocations"], picture, sparsity=SPARSITY, outliers=shares, M="5", title=chosen.model
+    )
+    most, least = (shares.index(end) for end in (max(shares), min(shares)))
+    print(f"block {most} has {max(shares):.2f} %, block {least} {min(shares):.2f} %: {picture}\n")
+
+    print(f"2. Without {SPARSITY:.0%} of its weights: by outliers, and by what the output feels", flush=True)
+    recipe = None if chosen.recipe == "default" else tawny.load_recipe(chosen.recipe)
     with console.progress() as progress:
-        tawny.recover(
-            chosen.out,
-            chosen.model,
-            recovered,
-            text=chosen.text,
-            minutes=chosen.minutes,
-            seqlen=min(512, chosen.seqlen),
-            overwrite=True,
-            progress=progress,
-        )
-        tawny.pack(recovered, packed, VALUES, head=VALUES, overwrite=True, progress=progress)
-        compared = tawny.compare(
-            [chosen.model, chosen.out, packed],
+        for out, keys in ((owl, OWL), (felt, {"recipe": recipe})):
+            tawny.prune(
+                chosen.model, out, sparsity=SPARSITY, overwrite=True, progress=progress, **calibration, **keys
+            )
+        judge = partial(
+            tawny.agreement,
+            dense=chosen.model,
             text=chosen.text,
             seqlen=chosen.seqlen,
             windows=chosen.windows,
-            prompt_tokens=min(128, chosen.seqlen // 2),
             progress=progress,
-        ).to_dict()
-        record.generated = text_samples(chosen.model, chosen.out, [chosen.prompt], progress=progress)
-    dense, pruned, _ = (model["perplexity"] for model in compared["models"])
-    record.evaluation = {"dense": dense, "pruned": {**pruned, "sparsity": record.sparsity}}
-    report = publish(record, chosen.out)
-    page = chosen.out / "compare.html"
-    write(compared, page, to_html)
-    console.result(compared, compare_tables)
-    for sample in record.generated:
-        for name in ("dense", "pruned"):
-            print(f"\n{name:<7} {sample['prompt']} {sample[name]}")
+        )
+        print(beside("OWL and SparseGPT", owl, judge(owl)))
+        print(beside("what the output feels", felt, judge(felt)))
+
+    print(f"\n3. Bits instead of zeros: each linear gets what it can bear, {chosen.size} in all", flush=True)
+    with console.progress() as progress:
+        result = tawny.fit(
+            chosen.model,
+            fitted,
+            size=chosen.size,
+            quick=True,
+            settings=tawny.FitSettings(windows=2, deciding=8, length=128),
+            overwrite=True,
+            progress=progress,
+            **calibration | {"samples": max(2, chosen.samples // 2)},
+        )
+        console.result(result.to_dict(), fit_tables)
+        print(beside("fitted", fitted, judge(fitted)))
+
     print(f"\n{chosen.question}")
-    for name, model in (("dense", chosen.model), ("packed", packed)):
-        answer = tawny.generate(model, chosen.question, max_tokens=60).text
-        print(f"{name:<7} {' '.join(answer.split())}")
-    print(f"\n{measured()}")
-    print(f"\nwritten to {chosen.out}: AutoModelForCausalLM.from_pretrained({str(chosen.out)!r}) opens it")
-    print(f"packed to {packed}: tawny.load({str(packed)!r}) opens it")
-    print(f"read about the run in {report}, compare in {page}")
+    for name, model in (("original", chosen.model), ("fitted", fitted)):
+        words = tawny.generate(model, chosen.question, max_tokens=60).text.split()
+        print(f"{name:<9} {sentences(' '.join(words))}")
+    print(f"\ntawny chat {fitted} talks to it, tawny serve {fitted} serves it.")
+    print(f"{picture}, {felt / 'report.html'} and {fitted / 'fit.png'} show what was done.")
 
 
-def measured() -> str:
-    """What is known of this model without zeros, and of a larger one."""
-    small, large, sizes = (
-        json.loads((RESULTS / f"{name}.json").read_text())["cells"]
-        for name in ("few_bits", "few_bits_qwen", "frontier")
-    )
-    bits = sizes["int4:32:0"]
-    three, larger = (cells["int3:64:0 alps 0"]["texts"]["wiki"]["kl"] for cells in (small, large))
+def beside(name: str, folder: Path, found: tawny.Agreement) -> str:
+    """A model beside the original on the same windows, in one line."""
+    megabytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
     return (
-        f"in a file this small, bits alone lose less: four bits without zeros are {bits['bytes'] / 1e6:.0f} MB and "
-        f"{bits['texts']['wiki']['kl']:.2f} nats a token from the dense model (docs/results/frontier.md)\n"
-        f"larger models lose less, too: at three bits SmolLM2 (135 million weights) is {three:.2f} nats from its dense model,\n"
-        f"and Qwen2.5-Coder (1.5 billion) is {larger:.2f} (docs/results/few-bits.md)"
+        f"{name:<22} {megabytes:4.0f} MB, same next token {share_text(found.top1, found.top1_stderr)} %, "
+        f"perplexity {found.perplexity.perplexity:.1f} (original {found.dense.perplexity:.1f})"
     )
+
+
+def sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence, or all of it where none ends."""
+    end = max(text.rfind(mark) for mark in ".!?")
+    return text[: end + 1] or text
 
 
 if __name__ == "__main__":

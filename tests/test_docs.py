@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import yaml
@@ -192,14 +190,3 @@ def test_the_recipe_in_the_quickstart_spells_out_the_defaults(tmp_path):
     bare.write_text("sparsity: 0.7\n", encoding="utf-8")
     assert recipe == load_recipe(bare)
     assert set(yaml.safe_load(block)) | {"version"} == set(recipe.to_mapping())
-
-
-def test_the_demo_explains_itself():
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        demo = runpy.run_path(str(ROOT / "examples" / "demo.py"), run_name="demo")
-    finally:
-        sys.path.pop(0)
-    assert callable(demo["main"]) and demo["__doc__"]
-    small, large = map(float, re.findall(r"is (\d\.\d\d)", demo["measured"]()))
-    assert large < small

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -57,6 +58,23 @@ def test_the_quickstart_works_as_it_is_written(tmp_path, monkeypatch, capsys):
     shown = run_all(monkeypatch, capsys, {"smollm2": model, "wiki": text, "32": "3", "1024": "32"})
     assert "report.html" in shown and (tmp_path / "pruned" / "report.html").is_file()
     assert (tmp_path / "packed" / "config.json").is_file()
+
+
+def test_the_demo_works_on_a_tiny_model(tmp_path, monkeypatch, capsys):
+    model, text = small_model(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"), run_name="demo")
+    options = f"--model {model} --text {text} --samples 4 --seqlen 32 --windows 2 --size 120kB"
+    monkeypatch.setattr(sys, "argv", ["demo", *options.split()])
+    demo["main"]()
+    shown = capsys.readouterr().out
+    assert shown.count("same next token") == 3 and "finalist" in shown and "What is an owl?" in shown
+    made = {path.name for path in (tmp_path / "demo-out").iterdir()}
+    assert made == {"outliers.svg", "owl", "felt", "fitted"}
+    assert (
+        demo["sentences"]("An owl hoots. It is") == "An owl hoots."
+        and demo["sentences"]("no end") == "no end"
+    )
 
 
 def needs_packaged_model() -> None:
