@@ -1,9 +1,9 @@
-"""Prune large language models to high sparsity, keep their quality, and make the sparsity pay.
+"""Make language models smaller: every part gets the budget that it can bear, in bits, zeros or channels.
 
     import tawny
 
-    record = tawny.prune("smollm2", "out", sparsity=0.5, calibration="wiki")
-    print(tawny.evaluate("out", "wiki", windows=8).perplexity)
+    tawny.fit("smollm2", "small", size="80MB", calibration="wiki")
+    print(tawny.generate("small", "What is an owl?").text)
 
 Importing this package costs nothing: torch and transformers come with the first call.
 """

@@ -24,11 +24,11 @@ def _examples(*commands: str) -> str:
 
 app = typer.Typer(
     name="tawny",
-    help="Prune large language models to high sparsity, and measure what is left.",
+    help="Make language models smaller: every part gets the bits, zeros or channels that it can bear.",
     epilog=_examples(
+        "tawny fit smollm2 --size 80MB --out small --calibration wiki",
+        "tawny serve small",
         "tawny prune smollm2 --out pruned -s 0.5 --calibration wiki",
-        "tawny eval pruned --text wiki --windows 8",
-        "tawny doctor",
     ),
     add_completion=False,
     pretty_exceptions_enable=False,
