@@ -141,6 +141,7 @@ def test_a_quick_file_is_rounded_and_farther_from_the_dense_model(fitted, model,
         folder, tmp_path / "q.gguf", bits=4.6, template=whole, measured=fitted[1], quick=True, **KEYS
     )
     assert quick.bytes == fitted[0].bytes and quick.linears == fitted[0].linears
+    assert "rounded to its grid" in (tmp_path / "q.gguf.md").read_text()
     kls = [
         next(x["kl"] for x in told.finalists if x["name"] == fitted[0].winner) for told in (fitted[0], quick)
     ]

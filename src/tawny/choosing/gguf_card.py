@@ -27,6 +27,8 @@ def gguf_card(facts: Mapping[str, Any]) -> str:
     # Names of files, and not where they lie on the machine that made this.
     text = ", ".join(Path(each).name for each in ([given] if isinstance(given, str) else given))
     seen = f"{recipe['calibration']['samples']} × {recipe['calibration']['seqlen']} tokens"
+    solved = f"solved on its grid by `{recipe['solver']['name']}`"
+    how = "rounded to its grid by best scales" if facts["settings"]["quick"] else solved
     lines = [
         "---",
         "library_name: gguf",
@@ -36,7 +38,7 @@ def gguf_card(facts: Mapping[str, Any]) -> str:
         "",
         f"{Path(str(facts['source'])).name} in {size(facts['bytes'])}, {facts['bits']:.3f} bits a weight, for llama.cpp, Ollama and LM "
         "Studio.",
-        f"Each tensor has a type of its own. Values were solved on its grid by `{recipe['solver']['name']}`.",
+        f"Each tensor has a type of its own. Values were {how}.",
         "",
         "| | |",
         "|---|---|",
