@@ -173,7 +173,7 @@ class ScaledGrid(Grid):
         tried = [share / end for end in ends for share in _SHARES]
         pieces = []
         for part in cached_parts(*W_OI.shape):
-            keep_PI = None if keep_OI is None else keep_OI[part]
+            keep_PI = None if keep_OI is None else keep_OI[part].contiguous()  # as the kernel takes it
             X_PI = W_OI[part].contiguous()
             largest_PS = largest(X_PI if keep_PI is None else X_PI * keep_PI, self)
             fits = [_fit(X_PI, largest_PS * share, self, weights_I, keep_PI) for share in tried]
