@@ -209,7 +209,9 @@ class FitDemand:
         window = length * job.stack.hidden_bytes
         hidden = settings.windows * window
         together = max(TOGETHER, len({role_of(x.name) for x in job.linears}))
-        measuring = SearchDemand(walk, None, job.needs, hidden, _hidden_of(together, hidden))
+        # Refining solves levels on all samples; what rounding costs is measured on the windows that are asked on.
+        levels = walk if settings.seconds is not None else replace(walk, samples=asked, seqlen=length)
+        measuring = SearchDemand(levels, None, job.needs, hidden, _hidden_of(together, hidden))
         return cls(asking, measuring, finalist, settings.deciding * window)
 
     def held(self) -> int | None:

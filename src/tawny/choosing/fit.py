@@ -176,7 +176,7 @@ def _held_out(settings: FitSettings, job: Job, tokens: TokenisedText) -> Tensor:
 
 
 def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, Samples, Tensor]:
-    """Calibration samples, windows of them to ask the output on, windows to measure reactions on, and windows to decide on."""
+    """Calibration samples, windows of them to measure and ask the output on, windows to measure reactions on, and windows to decide on."""
     assert session.samples is not None
     samples, held_out = session.samples, session.held_out
     if held_out is None:  # tokens were given: some of them are kept back
@@ -225,7 +225,7 @@ def _fit(
     if earlier is not None:
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
-    measured = _measured(session, samples, asked, searched, room.sizes, place.steps)
+    measured = _measured(session, asked, searched, room.sizes, place.steps)
     keep_measured(place.steps, {"of": of, REACTIONS: journal.state["once"][REACTIONS]})
     # To another folder: `--overwrite` would clear what was measured before a misspelt text is refused.
     again = f"to another --out, with --measured {shlex.quote(str(place.out))}, nothing is measured again"
@@ -345,7 +345,7 @@ def _speed(
 
 
 def _measured(
-    session: Session, samples: Samples, asked: Samples, searched: Samples, sizes: Sizes, work: Path
+    session: Session, asked: Samples, searched: Samples, sizes: Sizes, work: Path
 ) -> Measured:
     """Step 1, and what outputs, head and embedding say to it; what is measured once is kept."""
     job, journal = session.job, session.run.journal
@@ -353,7 +353,7 @@ def _measured(
         dtype, probed = level_dtype(job.stack), journal.walk(WALK)[0]
         with LevelStore(work / "levels", probes_bytes(job), dtype, kept=probed) as store:
             with session.run.clock("levels"):
-                measures, hidden = measure(session, sizes, store, samples, searched)
+                measures, hidden = measure(session, sizes, store, asked, searched)
             scores = Scores(store.folder / "scores.jsonl")
             scorer = Scorer(job, store, searched, hidden, session.run.progress, scores)
             with session.run.clock("reactions"):

@@ -105,7 +105,8 @@ class FitSettings:
     """What finalists are chosen and judged by.
 
     Attributes:
-        windows: held-out windows to measure reactions on; twice as many of the calibration are run backward.
+        windows: held-out windows to measure reactions on; kinds are measured, and the output is asked, on twice as many of the
+            calibration.
         deciding: others, to compare finalists on.
         length: tokens of a window, at most those of a calibration sample. Short ones, because a model reacts most to its
             embedding and its first blocks where little text has come before.
