@@ -105,6 +105,7 @@ def _says(
     judged: Sequence[Judged],
     lead: tuple[float, float],
     speed: Mapping[str, Any] | None,
+    fitting: Finalist | None,
 ) -> str:
     row = best.row
     head = f"{row['name']}: {size(row['bytes'])}, {row['bits']:.3f} bits a weight, KL {kl_text(row['kl'], row['kl_stderr'])}"
@@ -113,8 +114,11 @@ def _says(
     uniform = next((each.row for each in judged if each.row["uniform"]), None)
     if row["uniform"]:
         return f"{head}; nothing that fits came nearer to the dense model"
+    if uniform is None and fitting is not None:
+        times = fitting.expected / best.finalist.expected
+        return f"{head}; {times:.2f} times its divergence was expected of {fitting.name}, which was not made"
     if uniform is None:
-        return f"{head}; no uniform model took part"
+        return f"{head}; no uniform model fits"
     return (
         f"{head}; {100 * lead[0]:.1f} ± {100 * lead[1]:.1f} % nearer to the dense model than {uniform['name']} "
         f"({size(uniform['bytes'])}, KL {uniform['kl']:.4f})"
@@ -170,7 +174,7 @@ def tell(
         bytes=best.row["bytes"],
         bits=best.row["bits"],
         winner=chosen.name,
-        says=_says(best, judged, lead, speed),
+        says=_says(best, judged, lead, speed, table.uniform()),
         zeros=_zeros_told(job, chosen, [each.finalist for each in judged]),
         lead=lead[0],
         lead_stderr=lead[1],

@@ -20,6 +20,7 @@ from tawny.kinds import solved_kind
 from tawny.pruning.prepare import Job
 
 ZEROS_GAIN = 0.03  # of the expected divergence; less is no more than chance (docs/log/fit.md)
+_FAR = 1.25  # times the least expected divergence; what has more never won (docs/log/fit.md)
 _DOUBLED = (
     1.28  # times the error of rounding, where twice as many columns share a scale (docs/log/few-bits.md)
 )
@@ -159,7 +160,7 @@ class Table:
         return self.finalist(named, plain.levels, plain.group, head, embedding)
 
     def finalists(self) -> list[Finalist]:
-        """Each once, and zeros only where they promise enough to be worth a prune.
+        """Each once, zeros only where they promise enough to be worth a prune, and none that is expected to be far behind.
 
         Raises:
             RecipeError: nothing fits, which was not known before all was measured.
@@ -174,7 +175,8 @@ class Table:
             bits = None
         finalists = [each for each in (zeros, bits, uniform) if each is not None]
         if finalists:
-            return finalists
+            least = min(each.expected for each in finalists)
+            return [each for each in finalists if each.expected <= _FAR * least]
         if self.least > budget and self.room.pace is None:
             raise RecipeError(
                 f"{self.job.source} cannot be made that small: some of its linears need scales of 16 bits, which only measuring "
