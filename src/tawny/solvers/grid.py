@@ -39,7 +39,7 @@ __all__ = [
 Rounding = Callable[[Tensor], Tensor]
 _SHARES = [0.55 + 0.5 * i / 7 for i in range(8)]  # of the scale that reaches the largest value
 _DWARFS = 48  # times the median of its row
-_PART = 1 << 15  # weights whose half a dozen copies stay in a core's cache
+_PART = 1 << 17  # weights whose half a dozen copies stay in a core's cache
 ACCIDENTS = 0.01  # share of zeros up to which a weight is one with no zeros
 
 
