@@ -12,6 +12,7 @@ import tawny
 from tawny.errors import CheckpointError, ModelError, OutputError, RecipeError, UserError
 from tawny.gguf_kinds import GGUF_KINDS
 from tests.exporting.test_gguf import WORDS, words  # noqa: F401
+from tests.exporting.test_template import write
 from tests.tiny import tiny_model, tokens
 
 SHAPE = {
@@ -203,3 +204,20 @@ def test_a_file_and_its_card_are_pushed(fitted, monkeypatch, tmp_path):
     (tmp_path / "small.gguf.json").unlink()
     with pytest.raises(CheckpointError, match="only what `tawny fit --to gguf` wrote can be pushed"):
         push(tmp_path / "small.gguf", "someone/small")
+
+
+def test_experts_of_a_tensor_get_one_type(tmp_path):
+    folder = tmp_path / "mixture"
+    shape = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16, **shape)
+    model.save_pretrained(folder)
+    tensors = {name: parameter.detach().float().numpy() for name, parameter in model.named_parameters()}
+    whole = write(tmp_path / "whole.gguf", tensors, "F16")
+    fitted = tawny.fit(folder, tmp_path / "small.gguf", bits=7.0, template=whole, **KEYS)
+    types = {x.name: x.tensor_type.name for x in gguf.GGUFReader(str(tmp_path / "small.gguf")).tensors}
+    experts = {name: level["kind"] for name, level in fitted.linears.items() if ".experts." in name}
+    fused = {name for name, value in tensors.items() if value.ndim == 3}
+    assert experts and fused
+    for tensor in fused:
+        assert {GGUF_KINDS[kind].type for name, kind in experts.items() if tensor in name} == {types[tensor]}
+    assert fitted.bytes == (tmp_path / "small.gguf").stat().st_size <= fitted.budget

@@ -344,9 +344,7 @@ def _speed(
     }
 
 
-def _measured(
-    session: Session, asked: Samples, searched: Samples, sizes: Sizes, work: Path
-) -> Measured:
+def _measured(session: Session, asked: Samples, searched: Samples, sizes: Sizes, work: Path) -> Measured:
     """Step 1, and what outputs, head and embedding say to it; what is measured once is kept."""
     job, journal = session.job, session.run.journal
     if REACTIONS not in journal.state.get("once", {}):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tawny.allocation.profile import LinearInfo
 from tawny.choosing.level import UNMEASURED, Level, Measures
 from tawny.choosing.sizes import Sizes
-from tawny.errors import ModelError, RecipeError, nearest
+from tawny.errors import RecipeError, nearest
 from tawny.exporting.template import Template
 from tawny.gguf_kinds import GGUF_KINDS, fitting
 from tawny.packed.install import ends_of
@@ -48,7 +48,6 @@ class GGUFSize(Sizes):
         kinds: types that linears may get.
 
     Raises:
-        ModelError: the model has fused experts.
         RecipeError: a width that no type takes.
     """
 
@@ -57,14 +56,9 @@ class GGUFSize(Sizes):
     def __init__(self, job: Job, template: Template, kinds: tuple[str, ...]) -> None:
         linears = [linear for group in job.by_block for linear in group]
         check_widths(linears)
-        if template.alike:
-            raise ModelError(
-                f"{template.alike[0][0]!r} and others share a tensor of the GGUF file, and so a type, which a fit does not choose: "
-                "use `tawny prune --values q4_k` and `tawny export`"
-            )
         model = job.stack.model
         outside, inside, tied = ends_of(model)
-        self.template, self.kinds = template, kinds
+        self.template, self.kinds, self.together = template, kinds, template.alike
         widths = {model.get_submodule(end).weight.shape[1] for end in (outside, inside) if end}
         self._measured_ends = (
             tuple(dict.fromkeys(fitting(name, min(widths)) for name in _ENDS)) if widths else ()
