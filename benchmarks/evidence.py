@@ -1,6 +1,6 @@
 """One real model of 1.5 billion weights, all that can be done with it, and llama.cpp's files of it.
 
-    python benchmarks/evidence.py --model FILE.gguf --text PATH.txt --seqlen 512 --eval-seqlen 1024 --work DIR --llama PATH/python
+    python benchmarks/evidence.py --model FILE.gguf --text PATH.txt --seqlen 512 --eval-seqlen 1024 --work DIR
     python benchmarks/evidence.py … --cells dense fast:0.5 fast:0.5:int8         # some cells; the same command goes on
     python benchmarks/evidence.py … --speed                                      # only speeds, of the models in DIR
     python benchmarks/evidence.py … --tasks 100 --cells dense best:0.5           # seven zero-shot tasks of finished cells
@@ -60,7 +60,6 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--llama", help="interpreter with llama-cpp-python, for --speed of its files")
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=1024)
@@ -87,7 +86,7 @@ def main() -> None:
     if args.speed:
         models = {name: place(args, name) for name in results["cells"]}
         models = {name: path for name, path in models.items() if path.exists()}
-        made = speeds_of(models, args.llama, PROMPT, TOKENS, ROUNDS, args.threads)
+        made = speeds_of(models, PROMPT, TOKENS, ROUNDS, args.threads)
         for name, found in made.items():
             add(name, found | {"dense_decode": made["dense"]["decode_tokens_per_second"]})
         return

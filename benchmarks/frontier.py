@@ -3,12 +3,13 @@
     python benchmarks/frontier.py --text wiki --text PATH.txt --seqlen 512 --eval-seqlen 512
     python benchmarks/frontier.py … --work DIR --cells fit:3.5      # keeps the models, and goes on
     python benchmarks/frontier.py … --cells llama:Q4_K_M llama:Q3_K_M      # needs `make llama`
-    python benchmarks/frontier.py … --work DIR --llama PATH/python --speed      # tokens a second of what is in DIR, in turn
+    python benchmarks/frontier.py … --work DIR --speed      # tokens a second of what is in DIR, in turn
 
 All start from the same model, whose channels were scaled so that no side meets a grid again (fair_start.py). A cell is
 `KIND:GROUP:SPARSITY` (by `--solver`, head in int8), `fit:BITS`, or `llama:TYPE`, which llama.cpp's own quantiser makes of that
 model without an importance matrix (gguf_files.py has them with one); its file is judged dequantised, by the same evaluator.
-Speeds of these files are measured in the environment whose interpreter is `--llama`. `CELL+MINUTES` is one of ours after so many minutes of `tawny recover` on the calibration text. With `--work`
+`llama-bench` measures the speeds of these files. `CELL+MINUTES` is one of ours after so many minutes of `tawny recover` on the
+calibration text. With `--work`
 the scaled model is `DIR/source`, each model stays in `DIR/CELL`, and the same command goes on inside a fit that was stopped.
 A tiny run:
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --cells int4:64:0 fit:4`.
@@ -63,7 +64,6 @@ def main() -> None:
     parser = parser_for(__doc__, "frontier.json")
     parser.add_argument("--work", type=Path, help="folder to keep the models in; default: none is kept")
     parser.add_argument("--solver", default="alps")
-    parser.add_argument("--llama", help="interpreter with llama-cpp-python, for --speed of its files")
     parser.add_argument(
         "--cells", nargs="*", default=[*CELLS, *THEIRS], help="default: ours, and llama.cpp's"
     )
@@ -137,7 +137,7 @@ def measure_speeds(args: Any, results: dict[str, Any]) -> None:
     """Of the cells whose models are there; the results say when and where, which may differ from the cells'."""
     models = {name: place(args.work, name) for name in results["cells"]}
     models = {name: path for name, path in models.items() if path.exists()}
-    found = speeds_of(models, args.llama, PROMPT, TOKENS, ROUNDS, args.threads)
+    found = speeds_of(models, PROMPT, TOKENS, ROUNDS, args.threads)
     about = measured(threads=args.threads)
     results["speeds"] = {"cells": found, "prompt": PROMPT, "tokens": TOKENS, **about}
     keep(args.results, results)

@@ -27,7 +27,8 @@ from typing import Any
 from cells import parser_for
 from frontier import fill, judged, write_source
 from harness import begun, keep, measured
-from llama_tools import Judge, importance, quantise, speeds, whole
+from llama_tools import Judge, importance, quantise, whole
+from turns import speeds_of
 
 import tawny
 from tawny.calibration.mixture import load_texts
@@ -127,7 +128,7 @@ def main() -> None:
         files |= {name: study.place(name) for name in results["cells"]}
         files = {name: path for name, path in files.items() if path.exists()}
         about = measured(threads=args.threads)
-        found = speeds(files, PROMPT, TOKENS, ROUNDS, args.threads)
+        found = speeds_of(files, PROMPT, TOKENS, ROUNDS, args.threads)
         results["speeds"] = {"cells": found, "prompt": PROMPT, "tokens": TOKENS, **about}
         keep(args.results, results)
     elif args.tasks:

@@ -1,19 +1,17 @@
-"""llama.cpp's own programs, as `make llama` builds them: its files of a type, its importance matrix, its judgement, its speed."""
+"""llama.cpp's own programs, as `make llama` builds them: its files of a type, its importance matrix, its judgement, its `llama-bench`."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import struct
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import ROOT, spread
+from harness import ROOT
 from torch import Tensor
 
 import tawny
@@ -21,19 +19,27 @@ import tawny
 THREADS = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
 
 
-def run(name: str, *options: object, threads: int = THREADS) -> str:
+def program(name: str) -> Path:
+    """One of the programs.
+
+    Raises:
+        SystemExit: it is not built.
+    """
+    path = ROOT / "build" / "llama" / "bin" / f"llama-{name}"
+    if not path.exists():
+        raise SystemExit("llama.cpp's programs are not built here: make llama")
+    return path
+
+
+def run(name: str, *options: object) -> str:
     """What a program prints, its complaints included.
 
     Raises:
         SystemExit: it is not built, or fails.
     """
-    program = ROOT / "build" / "llama" / "bin" / f"llama-{name}"
-    if not program.exists():
-        raise SystemExit("llama.cpp's programs are not built here: make llama")
-    count = [threads] if name == "quantize" else ["--threads", threads]
-    words = [str(word) for word in (program, *options, *count)]
-    both = subprocess.STDOUT if name != "bench" else subprocess.DEVNULL
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=both, text=True)
+    count = [THREADS] if name == "quantize" else ["--threads", THREADS]
+    words = [str(word) for word in (program(name), *options, *count)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"{done.stdout[-2000:]}\n{' '.join(words)} failed (exit code {done.returncode})")
     return done.stdout
@@ -112,19 +118,3 @@ class Judge:
             sums += sign * (windows.shape[1] - 1) * torch.tensor([found.kl, found.top1])
         kl, top1 = (sums / (self.seqlen - first)).tolist()
         return {"kl": kl, "top1": top1}
-
-
-def speeds(models: Mapping[str, Path], prompt: int, tokens: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Prefill and decode of GGUF files by `llama-bench`, tokens a second with quartiles; the files take turns."""
-    seen: dict[str, list[list[float]]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, path in models.items():
-            words = ["-m", path, "-p", prompt, "-n", tokens, "-r", 1, "-o", "json"]
-            seen[name].append([test["avg_ts"] for test in json.loads(run("bench", *words, threads=threads))])
-    rates: dict[str, Any] = {}
-    for name, turns in seen.items():
-        rates[name] = {}
-        for what, values in zip(("prefill", "decode"), zip(*turns, strict=True), strict=True):
-            median, quartiles = spread(values)
-            rates[name] |= {f"{what}_tokens_per_second": median, f"{what}_quartiles": quartiles}
-    return rates

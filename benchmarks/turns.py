@@ -1,9 +1,8 @@
 """Several processes that each hold a model and wait for their turn, so that a change of clock falls on all of them.
 
-A child prints one line of JSON when it is ready, and one for each line it reads. This file is itself a child, which any
-interpreter that has the runtime can be:
+A child prints one line of JSON when it is ready, and one for each line it reads. This file is itself a child:
 
-    python benchmarks/turns.py tawny|llama MODEL PROMPT TOKENS THREADS
+    python benchmarks/turns.py MODEL PROMPT TOKENS THREADS
 """
 
 from __future__ import annotations
@@ -13,11 +12,19 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness import spread
+from llama_tools import program
+
+import tawny
+from tawny.decoding.decoder import Decoder
+from tawny.decoding.swapped import kernels
+from tawny.evaluation.llama import LlamaBench
 
 
 class Child:
@@ -47,50 +54,31 @@ class Child:
         self.process.wait(60)
 
 
-def in_turn(
-    commands: Mapping[str, Sequence[object]], rounds: int
-) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """What each child said first, and in `rounds` turns after one that warms up."""
-    with contextlib.ExitStack() as stack:
-        running = {
-            name: stack.enter_context(contextlib.closing(Child(*command)))
-            for name, command in commands.items()
-        }
-        said: dict[str, list[Any]] = {name: [] for name in commands}
-        for _ in range(rounds + 1):
-            for name, process in running.items():
-                said[name].append(process.ask())
-        return {name: process.first for name, process in running.items()}, {
-            name: lines[1:] for name, lines in said.items()
-        }
-
-
-def rates(seconds: Sequence[Sequence[float]], prompt: int, tokens: int) -> dict[str, Any]:
-    """Tokens a second of the turns of one model, with quartiles."""
-    found: dict[str, Any] = {}
-    for what, count, column in (("prefill", prompt, 0), ("decode", tokens, 1)):
-        median, quartiles = spread([count / turn[column] for turn in seconds])
-        found |= {f"{what}_tokens_per_second": median, f"{what}_quartiles": quartiles}
+def in_turn(models: Mapping[str, Callable[[], Sequence[float]]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Prefill and decode of models, tokens a second with quartiles: medians of `rounds` turns after one that warms up."""
+    turns = [{name: turn() for name, turn in models.items()} for _ in range(rounds + 1)][1:]
+    found: dict[str, dict[str, Any]] = {}
+    for name in models:
+        found[name] = {}
+        for column, what in enumerate(("prefill", "decode")):
+            median, quartiles = spread([rates[name][column] for rates in turns])
+            found[name] |= {f"{what}_tokens_per_second": median, f"{what}_quartiles": quartiles}
     return found
 
 
 def speeds_of(
-    models: Mapping[str, Path], llama: str | None, prompt: int, tokens: int, rounds: int, threads: int
+    models: Mapping[str, Path], prompt: int, tokens: int, rounds: int, threads: int
 ) -> dict[str, dict[str, Any]]:
-    """Decode and prefill of finished models, in turn: `.gguf` files by llama.cpp in its environment, others by Tawny.
-
-    Args:
-        llama: the interpreter of that environment; without one its files are left out.
-    """
-    commands = {}
-    for name, model in models.items():
-        theirs = model.suffix == ".gguf"
-        if theirs and llama is None:
-            continue
-        runtime = [llama, __file__, "llama"] if theirs else [sys.executable, __file__, "tawny"]
-        commands[name] = [*runtime, model, prompt, tokens, threads]
-    _, seconds = in_turn(commands, rounds)
-    return {name: rates(turns, prompt, tokens) for name, turns in seconds.items()}
+    """`in_turn` of finished models: `.gguf` files by `llama-bench`, others by Tawny, each in a process of its own."""
+    turns: dict[str, Callable[[], Sequence[float]]] = {}
+    with contextlib.ExitStack() as stack:
+        for name, model in models.items():
+            if model.suffix == ".gguf":
+                turns[name] = partial(LlamaBench(program("bench"), model).turn, prompt, tokens, threads)
+            else:
+                child = Child(sys.executable, __file__, model, prompt, tokens, threads)
+                turns[name] = stack.enter_context(contextlib.closing(child)).ask
+        return in_turn(turns, rounds)
 
 
 def answer(lines: Iterator[Any]) -> None:
@@ -102,12 +90,7 @@ def answer(lines: Iterator[Any]) -> None:
 
 
 def of_model(model: Any, prompt: int, tokens: int) -> Iterator[tuple[float, float]]:
-    """Seconds of a prompt and of the tokens behind it by our decoder, a turn at a time."""
-    import torch
-
-    from tawny.decoding.decoder import Decoder
-    from tawny.decoding.swapped import kernels
-
+    """Tokens a second of a prompt and of the tokens behind it by our decoder, a turn at a time."""
     vocabulary = model.config.vocab_size
     with torch.inference_mode(), kernels(model):
         while True:
@@ -120,38 +103,15 @@ def of_model(model: Any, prompt: int, tokens: int) -> Iterator[tuple[float, floa
             for i in range(tokens):
                 decoder.step(300 + i)
             assert decoder.path == "blocks"
-            yield filled - begin, time.perf_counter() - start
-
-
-def of_gguf(path: Path, prompt: int, tokens: int, threads: int) -> Iterator[tuple[float, float]]:
-    """The same by llama.cpp; runs in the environment that has it."""
-    import llama_cpp
-
-    model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-    while True:
-        model.reset()
-        begin = time.perf_counter()
-        model.eval([300 + i % 200 for i in range(prompt)])
-        filled = time.perf_counter()
-        model.eval([300])  # untimed, as ours
-        start = time.perf_counter()
-        for i in range(tokens):
-            model.eval([300 + i])
-        yield filled - begin, time.perf_counter() - start
+            yield prompt / (filled - begin), tokens / (time.perf_counter() - start)
 
 
 def main() -> None:
-    runtime, model, *numbers = sys.argv[1:]
+    model, *numbers = sys.argv[1:]
     prompt, tokens, threads = map(int, numbers)
 
     def lines() -> Iterator[Any]:
         yield "ready"
-        if runtime == "llama":
-            yield from of_gguf(Path(model), prompt, tokens, threads)
-        import torch
-
-        import tawny
-
         torch.set_num_threads(threads)
         yield from of_model(tawny.load(model), prompt, tokens)
 
