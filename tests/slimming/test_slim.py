@@ -66,6 +66,17 @@ def test_equal_widths_are_an_ordinary_checkpoint_that_computes_the_same(dense, t
     assert config["model_type"] == "llama" and "per_layer_config" not in config
 
 
+def test_channels_are_kept_up_to_a_multiple_and_nothing_else_changes(tmp_path, run):
+    sizes = {"hidden_size": 48, "intermediate_size": 600, "num_hidden_layers": 2}
+    source = saved(tiny_model("llama", **sizes), tmp_path / "model", [70, 90])
+    code, out, err = run("slim", source, "--out", tmp_path / "slim", "--multiple", 64, "--json")
+    report = json.loads(out)
+    assert code == 0 and [x["intermediate_size"] for x in report["widths"]] == [128, 128], err
+    assert report["same_widths"] and torch.allclose(logits(tmp_path / "slim"), logits(source), atol=1e-5)
+    code, _, err = run("slim", source, "--out", tmp_path / "none", "--multiple", 0)
+    assert code == 2 and "--multiple" in err
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("allocator", ["uniform", "atp"])
 def test_experts_become_smaller_together(tmp_path, family, allocator):

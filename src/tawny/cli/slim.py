@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import Model, Out, Overwrite
+from tawny.cli.options import RECIPE, Model, Out, Overwrite, option
 from tawny.cli.root import verb
 from tawny.report.frames import Frame, Result, facts
 from tawny.words import duration, size
@@ -12,7 +12,7 @@ from tawny.words import duration, size
 
 @verb(
     "tawny slim pruned --out slim",
-    "tawny slim pruned --out slim --overwrite --json",
+    "tawny slim pruned --out slim --multiple 64",
     "tawny pack slim --out packed --values int8",
 )
 def slim(
@@ -20,11 +20,14 @@ def slim(
     console: Console,
     *,
     out: Out,
+    multiple: int = option(
+        "--multiple N", "Keep a multiple of N channels in each block, such as 64 for a GPU", RECIPE, 1, min=1
+    ),
     overwrite: Overwrite = False,
 ) -> None:
     """Cut the zero channels, heads and blocks out of MODEL, and write the smaller dense checkpoint."""
     with console.progress() as progress:
-        report = tawny.slim(model, out, overwrite=overwrite, progress=progress)
+        report = tawny.slim(model, out, multiple=multiple, overwrite=overwrite, progress=progress)
     console.result(report.to_dict(), slim_tables)
 
 

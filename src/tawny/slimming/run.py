@@ -22,7 +22,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from tawny.errors import ModelError, UserError
+from tawny.errors import ModelError, RecipeError, UserError
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.couplings import Coupling, find_couplings, probe_of
 from tawny.model.linears import Linear
@@ -79,6 +79,7 @@ def slim(
     source: str | Path,
     out: str | Path,
     *,
+    multiple: int = 1,
     overwrite: bool = False,
     progress: Progress = silent,
     trust_remote_code: bool = False,
@@ -88,6 +89,7 @@ def slim(
     Args:
         source: a folder that `tawny prune -p channels+heads` or `-p blocks` wrote, or another checkpoint with whole zero members.
         out: folder to write.
+        multiple: of channels that each block keeps, such as 64 for the kernels of GPUs; some that are zero stay for it.
         overwrite: replace an existing `out`, once the new one is complete.
         progress: told how far the work is.
         trust_remote_code: let code that lies in a model's folder run.
@@ -96,7 +98,10 @@ def slim(
         ModelError: nothing whole is zero, a width cannot be said in config.json, or a parameter would have to shrink that no
             coupling knows.
         OutputError: `out` exists or cannot be written.
+        RecipeError: `multiple` is less than 1.
     """
+    if multiple < 1:
+        raise RecipeError(f"--multiple is {multiple}; expected a number of channels such as 64")
     started = time.perf_counter()
     folder = resolve(source, progress.say)
     if is_packed(folder):
@@ -109,7 +114,7 @@ def slim(
         )
     with written_at_once(out, source, folder, overwrite=overwrite) as output:
         with torch.no_grad(), evaluating(stack.model):
-            cut, expected = _cut(stack, output, str(source), progress)
+            cut, expected = _cut(stack, output, str(source), multiple, progress)
             blocks = [f"{index:05d}" for index in range(len(stack)) if index not in cut.dropped]
             total = output.assemble(output.plan_shards(["outside", *blocks]))
             output.carry(folder)
@@ -162,7 +167,9 @@ def _card(folder: Path, report: Slimmed) -> str:
     ).lstrip("\n")
 
 
-def _cut(stack: Stack, output: CheckpointWriter, source: str, progress: Progress) -> tuple[_Cut, Tensor]:
+def _cut(
+    stack: Stack, output: CheckpointWriter, source: str, multiple: int, progress: Progress
+) -> tuple[_Cut, Tensor]:
     """Write the tensors of every block without its zero members, and the rest.
 
     Returns:
@@ -170,7 +177,7 @@ def _cut(stack: Stack, output: CheckpointWriter, source: str, progress: Progress
     """
     checkpoint = stack.checkpoint
     assert checkpoint is not None
-    cut = _Cut(stack, output)
+    cut = _Cut(stack, output, multiple)
     computed = _computed(stack, cut, progress, "cutting")
     if not cut.removed and not cut.dropped:
         raise ModelError(
@@ -203,8 +210,8 @@ class _Cut(Visitor):
         removed, zeros: members that were cut out, and zero weights of the blocks that are left.
     """
 
-    def __init__(self, stack: Stack, output: CheckpointWriter) -> None:
-        self.couplings, self.output = find_couplings(stack), output
+    def __init__(self, stack: Stack, output: CheckpointWriter, multiple: int) -> None:
+        self.couplings, self.output, self.multiple = find_couplings(stack), output, multiple
         self.widths: list[dict[str, int]] = []
         self.dropped: list[int] = []
         self.aligned = True
@@ -224,7 +231,7 @@ class _Cut(Visitor):
             self.dropped.append(index)
             return
         parameters = dict(stack.stored)
-        kept = [_kept(stack, coupling) for coupling in couplings]
+        kept = [_kept(stack, coupling, self.multiple) for coupling in couplings]
         _cut_block(stack, couplings, kept, parameters)
         counts = [int(keep.sum()) for keep in kept]
         self.zeros += sum(int((weight == 0).sum()) for weight in weights)
@@ -241,8 +248,8 @@ class _Cut(Visitor):
         self.output.write_block(f"{index:05d}", tensors)
 
 
-def _kept(stack: Stack, coupling: Coupling) -> Tensor:
-    """[G] bool: members that the consumer reads.
+def _kept(stack: Stack, coupling: Coupling, multiple: int) -> Tensor:
+    """[G] bool: members that the consumer reads, and of channels the first others up to a multiple.
 
     Raises:
         ModelError: it reads none.
@@ -254,6 +261,8 @@ def _kept(stack: Stack, coupling: Coupling) -> Tensor:
             f"{coupling.name} reads none of its {coupling.members} {coupling.kind}: a block keeps one of them at least; "
             "prune less of it"
         )
+    if coupling.kind == "channels":
+        keep_G[(~keep_G).nonzero()[: -int(keep_G.sum()) % multiple, 0]] = True
     return keep_G
 
 
