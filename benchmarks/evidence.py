@@ -6,7 +6,7 @@
     python benchmarks/evidence.py … --tasks 100 --cells dense best:0.5           # seven zero-shot tasks of finished cells
 
 A cell is `RECIPE:SPARSITY`, that packed as `:KIND` (head in int8), `int4:GROUP` (no zeros, solved on the grid),
-`recovered:MINUTES` of the best model at 50 %, that packed as `:int8`, or `llama:TYPE`, made by llama.cpp's own quantiser (`make
+`recovered:MINUTES` of the refined model (`best:0.5`), that packed as `:int8`, or `llama:TYPE`, made by llama.cpp's own quantiser (`make
 llama`) from the dequantised model and judged dequantised, by the same evaluator. Recipes are those of recipes/, `sparsegpt` (uniform) and
 `2:4`. Every model is made in DIR and stays there.
 
@@ -53,6 +53,7 @@ CELLS = [
     *(f"llama:{kind}" for kind in ("Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K")),
 ]
 PROMPT, TOKENS, ROUNDS = 512, 24, 3
+REFINED = ["-c", "fast", "-a", "blend", "-o", "of=atp,owl", "-o", "repeat=0.25", "-o", "refine.epochs=3"]
 
 
 def main() -> None:
@@ -191,7 +192,8 @@ def make(args: argparse.Namespace, name: str, folder: Path) -> None:
             "prune", args.model, "--out", folder, "-s", rest, "-a", "uniform", "-m", "sparsegpt", *calibration
         )
     else:
-        tawny_("prune", args.model, "--out", folder, "-c", head, "-s", rest, *calibration)
+        recipe = REFINED if head == "best" else ["-c", head]
+        tawny_("prune", args.model, "--out", folder, *recipe, "-s", rest, *calibration)
 
 
 # The command line packs such a model at once, and leaves the head as it is.

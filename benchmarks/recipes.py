@@ -3,7 +3,7 @@
     python benchmarks/recipes.py --text wiki --text PATH.txt --seeds 0 1 2
 
 A product is a file of `recipes/`, with single keys of it changed after a colon:
-`best:allocator=atp` or `fast:allocator=blend:refine.epochs=1`. The first one is what the others are compared with. Sparsity, seed and
+`fast:allocator=blend:refine.epochs=1`. The first one is what the others are compared with. Sparsity, seed and
 calibration are this script's. The same command goes on where a run was stopped (see cells.py). A tiny run:
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --sparsity 0.5 --product official-owl-sparsegpt-70 fast`.
 """
@@ -14,7 +14,7 @@ from cells import Cells, Keys, parser_for
 from harness import ROOT
 
 RECIPES = ROOT / "recipes"
-PRODUCTS = ["official-owl-sparsegpt-70", "fast", "best"]
+PRODUCTS = ["official-owl-sparsegpt-70", "fast"]
 
 
 def keys_of(product: str, sparsity: float, seed: int) -> Keys:

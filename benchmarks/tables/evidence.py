@@ -8,7 +8,7 @@ from typing import Any
 NAMES = {
     "dense": "dense",
     "fast": "`tawny prune -c fast`",
-    "best": "`tawny prune -c best`",
+    "best": "`-c fast`, blended and refined,",
     "sparsegpt": "SparseGPT, uniform",
     "official-owl-sparsegpt-70": "OWL + SparseGPT (M = 5, λ = 0.08)",
     "2:4": "`tawny prune -p 2:4 -a uniform`",
@@ -78,7 +78,7 @@ def _named(name: str) -> str:
         return f"llama.cpp {name[6:]}"
     if name.startswith("recovered:"):
         _, minutes, *kind = name.split(":")
-        return f"best 50%, recovered for {minutes} min{''.join(f', packed {one}' for one in kind)}"
+        return f"blended and refined, 50%, recovered for {minutes} min{''.join(f', packed {one}' for one in kind)}"
     if name.startswith("int"):
         kind, group = name.split(":")
         return f"{kind}, groups of {group}, no zeros"

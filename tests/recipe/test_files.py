@@ -91,13 +91,13 @@ def test_a_bad_file_is_one_line_that_names_what_is_wrong(tmp_path, text, words):
 
 
 def test_recipes_that_come_with_tawny_have_names_and_a_file_of_that_name_goes_first(tmp_path, monkeypatch):
-    assert {path.stem for path in PRODUCTS} == set(named_recipes()) >= {"fast", "best"}
-    assert load_recipe("best") == load_recipe(PRODUCTS[0].parent / "best.yaml")
-    assert resolve_recipe("best", ["sparsity=0.7"]).sparsity == 0.7
+    assert {path.stem for path in PRODUCTS} == set(named_recipes()) >= {"fast", "quick"}
+    assert load_recipe("fast") == load_recipe(PRODUCTS[0].parent / "fast.yaml")
+    assert resolve_recipe("fast", ["sparsity=0.7"]).sparsity == 0.7
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "best").write_text("{sparsity: 0.1, solver: wanda}", encoding="utf-8")
-    assert load_recipe("best").solver.name == "wanda"
-    with pytest.raises(RecipeError, match=r"'fats' is neither a file nor one of best, fast, .*mean 'fast'"):
+    (tmp_path / "fast").write_text("{sparsity: 0.1, solver: wanda}", encoding="utf-8")
+    assert load_recipe("fast").solver.name == "wanda"
+    with pytest.raises(RecipeError, match=r"'fats' is neither a file nor one of fast, .*mean 'fast'"):
         load_recipe("fats")
 
 
