@@ -39,17 +39,15 @@ def test_statistics_are_those_that_candidates_and_solver_collect(dense, candidat
         SearchSettings.make(candidates=candidates), job_of(dense, solver=solver), Load(16, 64, 1)
     )
     assert demand.collected == needed
-    solving = demand.phases(spill=True, held=False)["levels"]
+    solving = demand.phases(spill=True)["levels"]
     assert (solving["statistics"] > 0) == (needed == "hessian")
 
 
 def test_tokens_that_are_given_and_what_solves_the_levels_decide(dense):
-    def demand(samples=(128, 2048), given=False, mask=False, keys=None, **settings):
+    def demand(samples=(128, 2048), given=False, mask=False, **settings):
         ids = tokens(*samples) if given else None
         some = None if ids is None else Samples(ids, torch.ones_like(ids) if mask else None)
-        return SearchDemand.of(
-            SearchSettings.make(**settings), job_of(dense, **(keys or {})), Load(*samples, 1, some)
-        )
+        return SearchDemand.of(SearchSettings.make(**settings), job_of(dense), Load(*samples, 1, some))
 
     assert demand((512, 128), given=True).levels.samples == 32768 // 128
     assert demand().levels.samples == 32768 // 2048
@@ -60,13 +58,11 @@ def test_tokens_that_are_given_and_what_solves_the_levels_decide(dense):
     assert whole.held_out == 4 * cut.held_out and whole.candidates == 4 * cut.candidates
 
     def solver_bytes(**settings):  # of windows so short that no forward is larger
-        return demand((128, 16), **settings).phases(spill=True, held=False)["levels"]["solver"]
+        return demand((128, 16), **settings).phases(spill=True)["levels"]["solver"]
 
     assert solver_bytes(proxy="alps") > solver_bytes()
-    keys = {"solver": "magnitude", "order": "data"}
-    held = demand(keys=keys, proxy="sparsegpt").phases(spill=True, held=True)
-    assert "levels, in data order" in held and any(name.startswith("finalists, ") for name in held)
-    assert not any(name.startswith("finalists") for name in demand(finalists=0).phases(spill=True, held=True))
+    assert any(name.startswith("finalists, ") for name in demand().phases(spill=True))
+    assert not any(name.startswith("finalists") for name in demand(finalists=0).phases(spill=True))
 
 
 def test_a_solver_that_stands_for_itself_keeps_its_options(dense):

@@ -308,8 +308,8 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
 def test_memory_counts_what_finalists_take_beside_the_model_that_measured(dense):
     job = prepared(dense, solver="sparsegpt", refine={"epochs": 1})
     demand = FitDemand.of(FitSettings(), job, Load(8, 24, 1000))
-    phases = demand.phases(spill=False, held=False)
-    alone = demand.finalist.phases(spill=False, held=False)
+    phases = demand.phases(spill=False)
+    alone = demand.finalist.phases(spill=False)
     assert "refine" in alone and {f"finalists, {name}" for name in alone} <= phases.keys()
     for name, parts in alone.items():
         beside = sum(phases[f"finalists, {name}"].values()) - sum(parts.values())

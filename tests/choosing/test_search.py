@@ -315,7 +315,7 @@ def test_a_search_on_other_held_out_text_is_another_one(dense, tmp_path, monkeyp
         search(dense, tmp_path / "out.yaml", **options)
 
 
-@pytest.mark.parametrize("changes", [{}, {"solver": "sparsegpt", "order": "block", "refit": True}])
+@pytest.mark.parametrize("changes", [{}, {"solver": "sparsegpt", "refit": True}])
 @pytest.mark.parametrize("placed", ["memory", "disk", "live"])
 def test_a_proof_is_the_divergence_of_the_model_that_pruning_makes(
     dense, tmp_path, monkeypatch, changes, placed

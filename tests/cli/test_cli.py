@@ -123,7 +123,7 @@ def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
     code, out, err = run(
         *("prune", "model", "--out", tmp_path / "out", "-s", 0.6, "-a", "uniform", "-m", "wanda"),
         *("--calibration", "wiki", "--samples", 3, "--seqlen", 64, "-o", "seed=5", "-o", "dtype=bfloat16"),
-        *("--memory", "6GB", "-o", "include=*.mlp.*", "-o", "order=data", "--overwrite", "--json"),
+        *("--memory", "6GB", "-o", "include=*.mlp.*", "-o", "refit=true", "--overwrite", "--json"),
     )
     assert code == 0, err
     (args, keys) = calls[0]
@@ -133,7 +133,7 @@ def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
     assert (recipe.sparsity, recipe.allocator.name, recipe.solver.name) == (0.6, "uniform", "wanda")
     assert recipe.calibration.text == "wiki" and recipe.calibration.samples == 3
     assert recipe.calibration.seqlen == 64 and recipe.seed == 5 and recipe.dtype == "bfloat16"
-    assert recipe.include == ("*.mlp.*",) and recipe.order == "data"
+    assert recipe.include == ("*.mlp.*",) and recipe.refit
     assert json.loads(out) == json.loads(record.to_json())
 
 
@@ -141,7 +141,7 @@ def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
     ("words", "expected"),
     [
         (("--seed", "7"), {"seed": 7}),
-        (("--seed=7", "--order", "data"), {"seed": 7, "order": "data"}),
+        (("--seed=7", "--compute", "float32"), {"seed": 7, "compute": "float32"}),
         (("--profile-samples", 3, "--include=*.mlp.*"), {"profile_samples": 3, "include": ("*.mlp.*",)}),
     ],
 )
@@ -301,7 +301,7 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["prune", "m"], "--out"),
         (["prune", "m", "--out", "o", "--sparsty", "0.5"], "--sparsity"),
         (["prune", "m", "--out", "o", "-s", "0.5", "--sede", "3"], "seed"),
-        (["prune", "m", "--out", "o", "-s", "0.5", "--order"], "--order"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "--seed"], "--seed"),
         (["prun"], "prune"),
         (["eval", "m", "--compute", "int8"], "bfloat16"),
         (["eval", "m", "--windows", "0"], "--windows"),

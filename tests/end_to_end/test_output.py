@@ -98,6 +98,7 @@ def test_a_recipe_of_version_1_asks_nothing():
     assert mapping["version"] == 2 and mapping["output"] == {"factor": "whole", "tokens": 16384}
     del mapping["output"]
     assert resolve_recipe({**mapping, "version": 1}).output.factor == "none"
+    assert resolve_recipe({**mapping, "order": "block"}) == resolve_recipe(mapping)
     with pytest.raises(RecipeError, match="version 3 of recipes is unknown"):
         resolve_recipe({**mapping, "version": 3})
 

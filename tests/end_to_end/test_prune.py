@@ -18,7 +18,6 @@ from tawny.model.linears import linears_of
 from tawny.model.skeleton import read_config
 from tawny.model.structure import find_stack
 from tawny.progress import Silent
-from tawny.pruning import block as pruning_block
 from tawny.run import writer
 from tawny.solvers import SOLVERS
 from tests.reference import official_flow
@@ -132,32 +131,13 @@ def test_a_pruned_folder_opens_in_plain_transformers_and_only_pruned_linears_cha
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("order", ["block", "data"])
-def test_a_live_model_and_its_folder_are_pruned_alike(order, tmp_path):
+def test_a_live_model_and_its_folder_are_pruned_alike(tmp_path):
     model = tiny_model("qwen3")
     model.save_pretrained(tmp_path / "dense")
-    options = {"sparsity": 0.6, "solver": "sparsegpt", "order": order}
-    options |= {"compute": "float32", "calibration": tokens()}
+    options = {"sparsity": 0.6, "solver": "sparsegpt", "compute": "float32", "calibration": tokens()}
     tawny.prune(tmp_path / "dense", tmp_path / "out", **options)
     tawny.prune(model, **options)
     assert same(prunable(model), prunable(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
-
-
-def test_data_order_lets_later_stages_see_the_pruned_earlier_ones():
-    keys = {"sparsity": 0.7, "solver": "sparsegpt", "compute": "float32", "calibration": tokens()}
-    masks = [pruned("llama", order=order, **keys) for order in ("block", "data")]
-    first, last = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
-    assert torch.equal(masks[0][first], masks[1][first])
-    assert not torch.equal(masks[0][last], masks[1][last])
-
-
-def test_suspended_forwards_give_the_bytes_of_repeated_ones(monkeypatch):
-    keys = {"sparsity": 0.6, "solver": "sparsegpt", "order": "data", "calibration": tokens(200, 24)}
-    for family in ("llama", "falcon", "gemma3_text", "gpt2"):
-        suspended = pruned(family, **keys)
-        with monkeypatch.context() as repeating:
-            repeating.setattr(pruning_block, "HELD_BYTES", 0)
-            assert same(suspended, pruned(family, **keys)), family
 
 
 def test_the_same_recipe_writes_the_same_bytes(products, dense, tmp_path):

@@ -95,7 +95,7 @@ def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(name, spill, tmp_
     )
     model = tiny_encoder(name)
     model.save_pretrained(tmp_path / "dense")
-    keys = {"sparsity": 0.6, "solver": "sparsegpt", "allocator": "owl", "order": "data"}
+    keys = {"sparsity": 0.6, "solver": "sparsegpt", "allocator": "owl"}
     keys["calibration"] = inputs_for(model)
     tawny.prune(tmp_path / "dense", tmp_path / "whole", **keys)
     stopped = 0

@@ -39,11 +39,6 @@ def test_a_run_records_outliers_before_and_after_with_the_allocators_M():
     assert share == pytest.approx(record.profile["blocks"][0]["outlier_share"]["3"], rel=1e-3)
 
 
-def test_data_order_knows_only_the_outliers_after():
-    record = tawny.prune(tiny_model("llama"), calibration=tokens(), order="data", **OPTIONS)
-    assert all(entry.outliers_before is None and entry.outliers_after is not None for entry in record.linears)
-
-
 def test_without_statistics_nothing_is_counted():
     record = tawny.prune(tiny_model("llama"), sparsity=0.5, allocator="uniform", solver="magnitude")
     assert all(entry.outliers_before is None and entry.outliers_after is None for entry in record.linears)

@@ -31,7 +31,6 @@ recipes = st.builds(
     seed=st.integers(0, 2**40),
     include=st.lists(st.sampled_from(["*.mlp.*", "*q_proj", "2:4", "no", "1e-3"])),
     dtype=st.sampled_from([None, "bfloat16"]),
-    order=st.sampled_from(["block", "data"]),
     compat=st.sampled_from([None, "official"]),
 )
 
@@ -68,6 +67,7 @@ def test_yaml_numbers_and_words_mean_what_they_look_like(tmp_path):
         ("sparsity: 0.5\nallocator: {name: uniform, M: 3}\n", ["allocator.M", "uniform"]),
         ("sparsity: 0.5\ncalibration: {sample: 3}\n", ["calibration.sample", "'samples'"]),
         ("sparsity: 0.5\nversion: 7\n", ["version 7"]),
+        ("sparsity: 0.5\norder: data\n", ["order is not a known recipe key"]),
         ("sparsity: 0.5\npattern: [2, 4]\n", ["pattern"]),
         ("sparsity: true\n", ["sparsity"]),
         (

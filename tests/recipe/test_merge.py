@@ -34,7 +34,7 @@ def test_one_n_of_m_may_replace_another():
         ("seqlen=x", ["calibration.seqlen", "'x'"]),
         ("seed=-1", ["seed", "-1"]),
         ("dtype=int8", ["dtype", "int8", "bfloat16"]),
-        ("order=random", ["order", "random"]),
+        ("order=data", ["order is not a known recipe key"]),
         ("compat=unofficial", ["compat", "unofficial"]),
         ("device=CPU 3", ["device"]),
         ("include=[1]", ["include"]),

@@ -81,16 +81,15 @@ def test_hidden_states_on_disk_are_those_in_memory(dense, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(kept.hidden, again.hidden, strict=True))
 
 
-@pytest.mark.parametrize("order", ["block", "data"])
-def test_the_bytes_do_not_depend_on_the_budget(dense, tmp_path, monkeypatch, order):
+def test_the_bytes_do_not_depend_on_the_budget(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(journal_module, "SHARE", float("inf"))
-    options = {**OPTIONS, "order": order, "calibration": tokens(200, 24)}
+    options = {**OPTIONS, "calibration": tokens(200, 24)}
     rich = tawny.prune(dense, tmp_path / "rich", memory="64GB", **options)
     assert rich.memory["hidden_states"] == "memory"
     place = session_module.place_in_memory
 
     def tight(demand, budget, free):
-        return place(demand, peak(demand, spill=True, held=False)[0], free)
+        return place(demand, peak(demand, spill=True)[0], free)
 
     monkeypatch.setattr(session_module, "place_in_memory", tight)
     poor = tawny.prune(dense, tmp_path / "poor", memory="1GB", **options)
@@ -156,22 +155,21 @@ def first_block(folder, **keys):
 
 
 @pytest.mark.parametrize(
-    ("order", "bytes_of", "statistics", "solver"),
+    ("bytes_of", "statistics", "solver"),
     [
-        ("block", {}, 3 * 4 * 32**2 + 4 * 48**2, 0),
-        ("block", {(32, 48): 10**6}, 4 * 48**2, 10**6),  # down_proj, the last
-        ("block", {(48, 32): 10**6}, 4 * 32**2 + 4 * 48**2, 10**6),  # gate_proj and up_proj
-        ("data", {}, 4 * 48**2, 0),
+        ({}, 3 * 4 * 32**2 + 4 * 48**2, 0),
+        ({(32, 48): 10**6}, 4 * 48**2, 10**6),  # down_proj, the last
+        ({(48, 32): 10**6}, 4 * 32**2 + 4 * 48**2, 10**6),  # gate_proj and up_proj
     ],
 )
-def test_hessians_of_linears_that_are_solved_are_not_counted(dense, order, bytes_of, statistics, solver):
+def test_hessians_of_linears_that_are_solved_are_not_counted(dense, bytes_of, statistics, solver):
     class Takes(SparseGPT):
         def workspace(self, out: int, width: int, output: str = "none") -> int:
             return bytes_of.get((out, width), 0)
 
-    _, demand = first_block(dense, solver="sparsegpt", order=order, compute="bfloat16")
+    _, demand = first_block(dense, solver="sparsegpt", compute="bfloat16")
     demand = replace(demand, solver=Takes())
-    parts = demand.phases(spill=True, held=False)["solve"]
+    parts = demand.phases(spill=True)["solve"]
     assert (parts["statistics"], parts["solver"]) == (statistics, solver)
 
 
@@ -187,7 +185,7 @@ def test_masks_of_a_window_and_scores_of_one_key_head_are_counted(tmp_path, fami
     tiny_model(family, **changes).save_pretrained(tmp_path / "dense")
     stack, demand = first_block(tmp_path / "dense", solver="wanda", seqlen=512)
     plain = 2048 * (4 * stack.hidden_bytes + max(x.shape[1] for x in stack.linears(0)) * 16)
-    extra = demand.phases(spill=True, held=False)["observe"]["forward"] - plain
+    extra = demand.phases(spill=True)["observe"]["forward"] - plain
     assert extra >= 4 * least and (extra == 0) == (least == 0)
 
 
@@ -198,7 +196,7 @@ def test_states_of_every_token_are_counted(tmp_path):
         folder = tmp_path / str(state)
         tiny_model("mamba", state_size=state, time_step_rank=4, conv_kernel=4).save_pretrained(folder)
         stack, demand = first_block(folder, solver="wanda", seqlen=512)
-        forward[state] = demand.phases(spill=True, held=False)["observe"]["forward"]
+        forward[state] = demand.phases(spill=True)["observe"]["forward"]
     assert forward[24] - forward[8] >= 3 * 4 * stack.config.intermediate_size * 16 * 2048
 
 
@@ -206,7 +204,7 @@ def test_states_of_every_token_are_counted(tmp_path):
 def test_embedding_and_head_are_no_part_of_the_walks(tmp_path, monkeypatch, family):
     tiny_model(family).save_pretrained(tmp_path / "dense")
     stack, demand = first_block(tmp_path / "dense", allocator="owl", solver="sparsegpt", seqlen=24)
-    phases = demand.phases(spill=False, held=True)
+    phases = demand.phases(spill=False)
     outside = sum(p.numel() for p in stack.model.get_input_embeddings().parameters())
     for name, parts in phases.items():
         assert (parts["embeddings"] > outside) == (name in ("text", "read", "embed")), name
@@ -243,9 +241,9 @@ def test_what_an_allocator_takes_is_counted_for_its_block():
 def test_scores_of_eager_attention_are_counted(tmp_path):
     tiny_model("bloom", n_head=4).save_pretrained(tmp_path / "dense")
     stack, demand = first_block(tmp_path / "dense", solver="wanda", seqlen=512, **{"refine.epochs": 1})
-    eager = demand.phases(spill=True, held=False)
+    eager = demand.phases(spill=True)
     stack.config._attn_implementation = "sdpa"
-    fused = demand.phases(spill=True, held=False)
+    fused = demand.phases(spill=True)
     scores = 4 * 4 * 4 * 512**2  # samples in one forward, heads, float32
     assert eager["observe"]["forward"] - fused["observe"]["forward"] == 3 * scores
     assert eager["refine"]["refine"] - fused["refine"]["refine"] == 3 * scores
@@ -341,11 +339,8 @@ def test_the_estimate_is_what_is_measured(tmp_path, family, keys, solver, alloca
 @pytest.mark.parametrize(("factors", "hint"), [(10**9, "-o output=rows"), (10**6, "fewer --samples")])
 def test_a_budget_that_is_too_small_says_what_to_ask_less_of(factors, hint):
     class Asks:
-        def phases(self, *, spill, held):
+        def phases(self, *, spill):
             return {"solve": {"interpreter": 4 * 10**8, "solver": 10**8, "block": 10**7, "factors": factors}}
-
-        def held(self):
-            return None
 
     with pytest.raises(RecipeError, match=hint):
         place(Asks(), 10**6)

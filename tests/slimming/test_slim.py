@@ -111,7 +111,7 @@ def test_a_bias_that_no_setting_gives_is_missed_aloud():
 
 
 def test_different_widths_open_through_tawny_and_nothing_else_makes_weights_up(dense, tmp_path, monkeypatch):
-    pruned(dense, tmp_path / "pruned", allocator="atp", solver="flap", order="data")
+    pruned(dense, tmp_path / "pruned", allocator="atp", solver="flap")
     report = tawny.slim(tmp_path / "pruned", tmp_path / "slim")
     assert not report.same_widths and len({tuple(block.items()) for block in report.widths}) == 3
     expected = logits(tmp_path / "pruned")

@@ -25,7 +25,7 @@ from tawny.choosing.settings import FitSettings, SearchSettings
 from tawny.errors import RecipeError
 from tawny.model.streams import Samples
 from tawny.pruning.prepare import Job, demand_of
-from tawny.run.memory import LOGIT_BYTES, Demand, Load, held_bytes
+from tawny.run.memory import LOGIT_BYTES, Demand, Load
 from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
@@ -134,11 +134,7 @@ class SearchDemand:
             max(_hidden_of(candidates, windows * size) for candidates, windows in rounds),
         )
 
-    def held(self) -> int | None:
-        suspended = [self.levels.held(), self.finals.held() if self.finals else None]
-        return max((each for each in suspended if each is not None), default=None)
-
-    def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
+    def phases(self, *, spill: bool) -> dict[str, dict[str, int]]:
         levels, stack = self.levels, self.levels.stack
         base = levels.base()
         phases = levels.before_walks(base)
@@ -156,16 +152,9 @@ class SearchDemand:
         )
         phases["levels"] = {
             **solving,
-            "statistics": levels.observing(self.collected, at_once=True),
+            "statistics": levels.observing(self.collected),
             "solver": max(work, levels.forward_bytes(), levels.measuring_bytes()),
         }
-        if levels.needs != "none" and levels.in_data_order and held:
-            phases["levels, in data order"] = {
-                **solving,
-                "held": held_bytes(stack, dict(enumerate(levels.by_block)), levels.samples * levels.seqlen),
-                "forward": levels.forward_bytes(),
-                "statistics": levels.observing(self.collected, at_once=False),
-            }
         comparing: dict[str, Any] = {
             **base,
             "head": stack.late_bytes,
@@ -179,7 +168,7 @@ class SearchDemand:
         phases["comparison"] = {**comparing, "logits": 4 * LOGIT_BYTES}
         if self.finals is not None:  # most of what was held out goes along
             base = {**base, "head": stack.late_bytes}
-            walk = self.finals.walk_phases(base, walked + 2 * self.held_out, held=held)
+            walk = self.finals.walk_phases(base, walked + 2 * self.held_out)
             phases |= {f"finalists, {name}": parts for name, parts in walk.items()}
         return phases
 
@@ -214,11 +203,8 @@ class FitDemand:
         measuring = SearchDemand(levels, None, job.needs, hidden, _hidden_of(together, hidden))
         return cls(asking, measuring, finalist, settings.deciding * window)
 
-    def held(self) -> int | None:
-        return self.measuring.held()
-
-    def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
-        phases = self.measuring.phases(spill=spill, held=held)
+    def phases(self, *, spill: bool) -> dict[str, dict[str, int]]:
+        phases = self.measuring.phases(spill=spill)
         if "text" not in phases:
             return phases
         stack, base = self.finalist.stack, self.finalist.base()
@@ -228,7 +214,7 @@ class FitDemand:
         largest = max(base["embeddings"], stack.late_bytes) // stack.compute.itemsize
         packing = {**base, "head": stack.late_bytes, "packing": _PACKED_END * largest}
         phases["packing head and embedding"] = packing
-        for name, parts in self.finalist.phases(spill=spill, held=held).items():
+        for name, parts in self.finalist.phases(spill=spill).items():
             phases[f"finalists, {name}"] = {**parts, "the model that measured": ends}
         # The dense model, and a finalist whose head and embedding are decoded for the walk.
         judging = {"the two models": 2 * ends, "hidden_states": 2 * self.judged, "logits": 4 * LOGIT_BYTES}

@@ -70,9 +70,7 @@ class Stack:
         self._late: list[Unit] = []
         self._forgotten = False  # what is in no block
         self._fused = any(linear.expert is not None for i in range(len(self)) for linear in self.linears(i))
-        self._running = 0  # forwards of fused experts that have begun and not ended
         self._configs = self._configurations()
-        self._experts_before: list[str | None] = []
         self._replay = Replay(model, self.structure, compute, self.device, self._recall)
         if checkpoint is not None:
             checkpoint.map_to(model)
@@ -311,23 +309,15 @@ class Stack:
 
     @contextlib.contextmanager
     def _plain_experts(self) -> Iterator[None]:
-        """Fused expert kernels hide which tokens an expert saw; the plain loop calls one linear an expert.
-
-        Forwards that are held (calibration/suspended.py) end in the order they began in: the last one that ends puts back
-        what the first one found.
-        """
-        if not self._running:
-            self._experts_before = [getattr(one, "_experts_implementation", None) for one in self._configs]
-            for one in self._configs:
-                one._experts_implementation = "eager"
-        self._running += 1
+        """Fused expert kernels hide which tokens an expert saw; the plain loop calls one linear an expert."""
+        before = [getattr(one, "_experts_implementation", None) for one in self._configs]
+        for one in self._configs:
+            one._experts_implementation = "eager"
         try:
             yield
         finally:
-            self._running -= 1
-            if not self._running:
-                for one, before in zip(self._configs, self._experts_before, strict=True):
-                    one._experts_implementation = before
+            for one, implementation in zip(self._configs, before, strict=True):
+                one._experts_implementation = implementation
 
     def enter(self, inputs: Inputs) -> Tensor:
         """Hidden states `[batch, positions, hidden]` the first block receives."""

@@ -16,18 +16,15 @@ from torch import Tensor
 
 from tawny.calibration.observe import Observation, Stage, observe
 from tawny.calibration.statistics import Statistics
-from tawny.calibration.suspended import can_suspend, in_lockstep
 from tawny.errors import NumericalError
 from tawny.kinds import Kind, kind_of
 from tawny.model.couplings import Coupling
 from tawny.model.linears import Linear
-from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern, Rank
 from tawny.precision import native_dtype
 from tawny.pruning.outliers import OutlierCount
 from tawny.pruning.session import Session
 from tawny.record import LinearRecord
-from tawny.run.memory import HELD_BYTES, held_bytes
 from tawny.run.walk import Block
 from tawny.solvers.base import Solution, reconstruction_error
 from tawny.solvers.grid import Grid
@@ -75,28 +72,18 @@ class PrunedBlock:
         return all(self.allocation[linear.name] == 1 for linear in self.linears)
 
     def stages(self) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
-        """The stages and what they saw: all of the dense block at once, or each after the ones already pruned."""
-        order = self.job.recipe.order
+        """The stages and what they saw of the dense block."""
         if self.job.couplings:
             yield from self._couplings(self.job.couplings[self.index])
             return
         if self.stream is None or self.job.removes_blocks:
             yield Stage(list(self.linears)), {}
             return
-        seen = self._observe(self.linears, "none" if order == "data" else self.job.needs)
-        if order != "data":
-            with self.session.run.clock("outliers"):
-                self.outliers.see(self.linears, seen.statistics, dense=True)
-        if order == "data" and can_suspend(seen.stages, self.linears) and self._may_hold():
-            yield from self._lockstep(self.stream, seen.stages)
-            return
+        seen = self._observe(self.linears)
+        with self.session.run.clock("outliers"):
+            self.outliers.see(self.linears, seen.statistics)
         for self.stage, stage in enumerate(seen.stages):
-            if order == "data":
-                given = self._observe(stage.linears, self.job.needs).statistics
-            else:
-                given = {
-                    x.name: seen.statistics.pop(x.name) for x in stage.linears if x.name in seen.statistics
-                }
+            given = {x.name: seen.statistics.pop(x.name) for x in stage.linears if x.name in seen.statistics}
             yield stage, given
             # Solved; a Hessian nobody needs any more may be the largest thing in memory.
             self._prepared = None
@@ -109,60 +96,14 @@ class PrunedBlock:
             c.name: list(c.linears) if job.member_solver.looks_at_rows else [c.consumer] for c in couplings
         }
         together = [linear for linears in watched.values() for linear in linears]
-        if job.recipe.order == "data":
-            groups = [(watched[c.name], [c]) for c in couplings]
-        else:
-            groups = [(together, list(couplings))]
-        for linears, some in groups:
-            seen = self._observe(linears, job.needs).statistics if self.stream is not None else {}
-            for coupling in some:
-                self.stage = couplings.index(coupling)
-                given = {x.name: seen.pop(x.name) for x in watched[coupling.name] if x.name in seen}
-                yield Stage(list(coupling.linears), coupling), given
-                given.clear()
+        seen = self._observe(together).statistics if self.stream is not None else {}
+        self.outliers.see(self.linears, seen)
+        for self.stage, coupling in enumerate(couplings):
+            given = {x.name: seen.pop(x.name) for x in watched[coupling.name] if x.name in seen}
+            yield Stage(list(coupling.linears), coupling), given
+            given.clear()
 
-    def _may_hold(self) -> bool:
-        """Whether all forwards of the block may be suspended together."""
-        assert self.stream is not None
-        limit = HELD_BYTES if self.session.placement is None else self.session.placement.held_bytes
-        samples = self.stream.samples
-        here = {self.index: self.linears}
-        return held_bytes(self.job.stack, here, len(samples) * samples.seqlen) <= limit
-
-    def _lockstep(
-        self, stream: Stream, stages: Sequence[Stage]
-    ) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
-        # Refining needs the samples in front of the block once more.
-        finish = self.solved is None and PRUNED in self.block.wanted
-        done, total = 0, len(stream) * (len(stages) + finish)
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            self.session.run.progress.detail("observing", done, total)
-
-        walk = in_lockstep(
-            stream,
-            self.index,
-            stages,
-            self.job.needs,
-            finish=finish,
-            exact=self.session.run.ranks.several,
-            step=step,
-        )
-        while True:
-            with self.session.run.clock("forward"):
-                item = next(walk, None)
-            if item is None:
-                return
-            self.stage = stages.index(item[0])
-            with self.session.run.clock("exchange"):
-                self.session.run.ranks.add(item[1])
-            yield item
-            self._prepared = None
-            item[1].clear()
-
-    def _observe(self, linears: Sequence[Linear], needs: Any) -> Observation:
+    def _observe(self, linears: Sequence[Linear]) -> Observation:
         assert self.stream is not None
         total = len(self.stream)
         done = 0
@@ -173,9 +114,8 @@ class PrunedBlock:
             self.session.run.progress.detail("observing", done, total)
 
         with self.session.run.clock("observe"):
-            seen = observe(
-                self.stream, self.index, linears, needs, exact=self.session.run.ranks.several, step=step
-            )
+            several = self.session.run.ranks.several
+            seen = observe(self.stream, self.index, linears, self.job.needs, exact=several, step=step)
         with self.session.run.clock("exchange"):
             self.session.run.ranks.add(seen.statistics)
         return seen
@@ -232,8 +172,6 @@ class PrunedBlock:
         pattern = pattern_at(job.pattern, target)
         W_OI = job.stack.weight(linear)
         notes: dict[str, Any] = {}
-        if statistics is not None:
-            self.outliers.see([linear], {linear.name: statistics}, dense=False)
         known = self.known(linear, statistics)
         if known is not statistics:
             notes["tokens"] = 0

@@ -42,7 +42,6 @@ def solve_members(block: PrunedBlock, coupling: Coupling, statistics: Mapping[st
     """Remove the members that the allocation asks for, and record what became of every linear."""
     session, stack, start = block.session, block.job.stack, time.perf_counter()
     consumer = coupling.consumer
-    block.outliers.see(coupling.linears, statistics, dense=False)
     session.run.progress.detail(f"solving {consumer.name.removeprefix(stack.name(block.index) + '.')}", 0, 0)
     seen = seen_by(block, coupling, statistics)
     removed = round(block.allocation[consumer.name] * coupling.members)

@@ -48,13 +48,10 @@ class OutlierCount:
     norms: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
 
-    def see(self, linears: Sequence[Linear], statistics: Mapping[str, Statistics], *, dense: bool) -> None:
-        """Keep the norms of `linears`; `dense` says that these are all of the block, none of them pruned yet."""
-        for linear in linears:
-            if linear.name in statistics:
-                self.norms[linear.name] = statistics[linear.name].squared_norms.float().sqrt()
-        if dense:
-            self.before = self._count(linears)
+    def see(self, linears: Sequence[Linear], statistics: Mapping[str, Statistics]) -> None:
+        """Keep the norms of all linears of a block, none of which is pruned yet."""
+        self.norms = {name: one.squared_norms.float().sqrt() for name, one in statistics.items()}
+        self.before = self._count(linears)
 
     def after(self, linears: Sequence[Linear]) -> dict[str, int]:
         return self._count(linears)

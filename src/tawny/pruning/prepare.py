@@ -353,7 +353,6 @@ def demand_of(job: Job, load: Load) -> Demand:
         profiled=profile_count(job.recipe, load.samples, load.seqlen) if wanted and load.samples else 0,
         felt=output_count(job.recipe, load.samples, load.seqlen) if asks else 0,
         factor=job.factor,
-        in_data_order=job.recipe.order == "data",
         refining=job.recipe.refine.epochs > 0,
         compared=_compared(job, load) if job.chooses_blocks else 0,
         alone=_walks_alone(job, load),

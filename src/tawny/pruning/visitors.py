@@ -101,8 +101,6 @@ def _exchange(
     ranks, record, names = session.run.ranks, session.record, {linear.name for linear in stage.linears}
     with session.run.clock("exchange"):
         for linear, owner in zip(stage.linears, owners, strict=True):
-            if owner != ranks.rank and linear.name in statistics:
-                block.outliers.see([linear], {linear.name: statistics[linear.name]}, dense=False)
             stack.set_weight(linear, ranks.send(stack.stored_weight(linear), owner))
         own = [asdict(entry) for entry in record.linears if entry.name in names]
         told = ranks.all_of((own, record.warnings[block.warned :]))

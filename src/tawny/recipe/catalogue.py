@@ -45,7 +45,6 @@ _KEYS = {
     "exclude": "globs of linears to leave alone",
     "dtype": "storage of the result; nothing is the checkpoint's own",
     "compute": "of the forwards; auto is bfloat16 where the machine has it",
-    "order": "block: all linears see the dense block; data: each sees the ones before it pruned",
     "refit": "move the survivors of each mask to their least squares (also solver.refit)",
     "refine": "epochs of training what a pruned block has left to give the dense block's outputs, and how",
     "values": "kinds that survivors are solved for, or bits to share among linears",

@@ -207,7 +207,6 @@ class Recipe:
     exclude: Globs = ()
     dtype: Dtype = None  # storage of the pruned weights; None is the checkpoint's own
     compute: Compute = "auto"  # of the forwards; auto is bfloat16 where the machine has it
-    order: Literal["block", "data"] = "block"
     refit: bool = False  # move the survivors of every mask to their least squares; also `solver.refit`
     refine: Refinement = Field(default_factory=Refinement)
     values: Values = Field(default_factory=Values)
@@ -233,6 +232,8 @@ class Recipe:
         if not isinstance(mapping, Mapping):
             raise RecipeError(f"a recipe is a mapping of keys to values, not {show(mapping)}")
         values = dict(mapping)
+        if values.get("order") == "block":  # spelled out by recipes from when there was another
+            del values["order"]
         for key in values:
             home = next((section for section in SECTIONS if key in section_keys(section)), None)
             if home is not None and key not in top_level_keys():

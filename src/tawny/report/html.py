@@ -164,7 +164,6 @@ def _tiles(record: Mapping[str, Any], form: Form) -> list[tuple[str, str, str]]:
 
 def _asked(record: Mapping[str, Any], form: Form) -> list[tuple[str, str]]:
     recipe, text = record["recipe"], record["text"]
-    orders = {"block": "all linears of a block at once", "data": "stage by stage"}
     calibration = "none: the weights alone decided"
     if text:
         calibration = f"{samples_shown(text)} of {text.get('name')}{begun(text)}"
@@ -175,7 +174,6 @@ def _asked(record: Mapping[str, Any], form: Form) -> list[tuple[str, str]]:
         ("allocator", _choice(recipe["allocator"])),
         ("solver", _choice(recipe["solver"])),
         ("pattern", str(recipe["pattern"])),
-        ("order", orders.get(recipe["order"], "")),
         ("calibration", calibration),
         *((key, ", ".join(recipe[key])) for key in ("include", "exclude") if recipe.get(key)),
         ("computed in", str(record["compute"])),

@@ -2,8 +2,7 @@
 
 A run is a few phases one after the other, and its peak is that of the largest: reading the text, then for every
 block observing and solving. Each is added up from shapes. What a budget may change is where hidden states are kept
-(in memory, or in files read and written a chunk at a time) and whether the forwards of a block are held in front of
-its stages or run again; neither changes a byte of the result.
+(in memory, or in files read and written a chunk at a time), which changes no byte of the result.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ _INTERPRETER = 380_000_000
 _TOKENISING = 145
 # Buffers, fragments and the small things nobody adds up, as a share of what is added up.
 _SLACK = 0.05
-# Up to here all forwards of a block are suspended together; beyond, they are run again for each stage.
-HELD_BYTES = 2_000_000_000
 # Of float32 logits that models are compared by at once; a few such tensors are there together.
 LOGIT_BYTES = 50_000_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -69,14 +66,12 @@ class Placement:
 
     Attributes:
         spill: hidden states are on disk.
-        held_bytes: up to here forwards are held in front of the stages of a block.
         peak: estimated peak bytes of the process.
         parts: what they are made of, in the largest phase.
         smallest: the estimate with everything on disk that can be.
     """
 
     spill: bool
-    held_bytes: int
     peak: int
     parts: Mapping[str, int]
     smallest: int
@@ -99,12 +94,8 @@ class Load:
 class Demanding(Protocol):
     """What `place` asks of a run."""
 
-    def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
-        """Bytes by part, of each phase; `spill`: hidden states are on disk; `held`: forwards are suspended together."""
-        ...
-
-    def held(self) -> int | None:
-        """Bytes that suspended forwards hold; None where none are ever suspended."""
+    def phases(self, *, spill: bool) -> dict[str, dict[str, int]]:
+        """Bytes by part, of each phase; `spill`: hidden states are on disk."""
         ...
 
 
@@ -118,7 +109,6 @@ class Demand:
         samples, seqlen, characters: of the calibration; 0 where none is needed.
         profiled: samples of the profile walk.
         felt: samples that are run backward, for this factor of the output.
-        in_data_order: stages see the pruned ones before them.
         refining: every block is trained after it was pruned.
         compared: tokens that candidates of blocks that leave are compared on; 0 where no such choice is made.
         alone: blocks run without what is outside them, which is dropped once the samples are embedded.
@@ -133,14 +123,13 @@ class Demand:
     seqlen: int
     characters: int
     profiled: int
-    in_data_order: bool
     refining: bool
     compared: int = 0
     alone: bool = False
     felt: int = 0
     factor: Factor = "none"
 
-    def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
+    def phases(self, *, spill: bool) -> dict[str, dict[str, int]]:
         """Parts of each phase; the interpreter is there in every one, what is outside the blocks in all but those of walks."""
         stack, base = self.stack, self.base()
         phases = self.before_walks(base)
@@ -155,7 +144,7 @@ class Demand:
                 "block": self.block_bytes(),
                 "hidden_states": kept if observed and not spill else 0,
                 "forward": max(self.forward_bytes() if observed else 0, self.measuring_bytes()),
-                "statistics": self.observing(self.measuring.needs, at_once=True),
+                "statistics": self.observing(self.measuring.needs),
             }
         if self.compared:
             states = (len(stack) + 3) * self.compared * stack.hidden_bytes
@@ -172,14 +161,12 @@ class Demand:
         hidden *= 2 if self.refining else 1
         if hidden and self.alone:
             phases["embed"] = {**base, "hidden_states": hidden, "forward": self.embedding_bytes()}
-        walk = self.walk_phases(walked, hidden, held=held)
-        phases |= walk
+        phases |= self.walk_phases(walked, hidden)
         if self.refining:
             solved = 4 * max(sum(x.numel for x in linears) for linears in self.by_block)
             for name in ("observe" if self.needs != "none" else "solve", "solve"):
                 phases[name]["solved"] = solved
             refine = {"block": self.block_bytes(), "hidden_states": hidden}
-            refine |= {"held": walk["solve"]["held"]} if "held" in walk["solve"] else {}
             phases["refine"] = {**walked, **refine, "refine": self._refine_bytes() + solved}
         return phases
 
@@ -197,17 +184,15 @@ class Demand:
             "text": {**base, "text": self.characters * _TOKENISING},
         }
 
-    def walk_phases(self, base: Mapping[str, int], hidden: int, *, held: bool) -> dict[str, dict[str, int]]:
+    def walk_phases(self, base: Mapping[str, int], hidden: int) -> dict[str, dict[str, int]]:
         """What is gone through for every block of a run; `hidden`: bytes of the hidden states in memory."""
         walking = {**base, "block": self.block_bytes(), "hidden_states": hidden}
-        if self.needs != "none" and self.in_data_order and held:
-            walking["held"] = self._held_bytes()
         phases = {}
         if self.needs != "none":
             phases["observe"] = {
                 **walking,
                 "forward": self.forward_bytes(),
-                "statistics": self.observing(self.needs, at_once=not self.in_data_order),
+                "statistics": self.observing(self.needs),
             }
         phases["convert"] = {**walking, "conversion": self._conversion_bytes()}
         solving: Mapping[str, int] = max((self._solving(groups) for groups in self._inputs), key=_total)
@@ -219,8 +204,8 @@ class Demand:
         """The linears of each block, together where they share an input."""
         return [sharing_inputs(linears) for linears in self.by_block]
 
-    def observing(self, needs: Needs, *, at_once: bool) -> int:
-        """Hessians while they are added up, all of a block or one stage's; one after the other is rounded and mirrored."""
+    def observing(self, needs: Needs) -> int:
+        """Hessians of a block while they are added up; one after the other is rounded and mirrored."""
         if needs != "hessian":
             return 0
         by_block = ([group[0].shape[1] for group in groups] for groups in self._inputs)
@@ -230,7 +215,7 @@ class Demand:
         rounding = max(
             2 * square if square < grown else square for square, grown in zip(squares, growing, strict=True)
         )
-        return (sum(growing) if at_once else max(growing)) + rounding
+        return sum(growing) + rounding
 
     def forward_bytes(self) -> int:
         """For one chunk of samples: hidden states and what a block makes of them, widest input, scores."""
@@ -257,7 +242,7 @@ class Demand:
         return max(
             (
                 {
-                    "statistics": squares[place] if self.in_data_order else sum(squares[place:]),
+                    "statistics": sum(squares[place:]),
                     **factors,
                     "solver": max(self.solver.workspace(*x.shape, output=self.factor) for x in group),
                 }
@@ -352,12 +337,6 @@ class Demand:
         """Samples in one forward."""
         return max(1, CHUNK_TOKENS // max(self.seqlen, 1))
 
-    def held(self) -> int | None:
-        return self._held_bytes() if self.in_data_order else None
-
-    def _held_bytes(self) -> int:
-        return held_bytes(self.stack, dict(enumerate(self.by_block)), self.samples * self.seqlen)
-
     def block_bytes(self) -> int:
         checkpoint = self.stack.checkpoint
         block = max(sum(p.numel() for p in b.parameters()) for b in self.stack.blocks)
@@ -369,9 +348,9 @@ class Demand:
         )
 
 
-def peak(demand: Demanding, *, spill: bool, held: bool) -> tuple[int, dict[str, int]]:
+def peak(demand: Demanding, *, spill: bool) -> tuple[int, dict[str, int]]:
     """Bytes of the largest phase, and its parts."""
-    largest = max(demand.phases(spill=spill, held=held).values(), key=_total)
+    largest = max(demand.phases(spill=spill).values(), key=_total)
     parts = dict(largest)
     parts["slack"] = int(_SLACK * (sum(parts.values()) - parts["interpreter"]))
     return sum(parts.values()), parts
@@ -387,18 +366,13 @@ def place(demand: Demanding, budget: int | None, available: int | None = None) -
     Raises:
         RecipeError: the budget cannot hold; says the smallest one that does.
     """
-    smallest, _ = peak(demand, spill=True, held=False)
+    smallest, parts = peak(demand, spill=True)
     limit = budget if budget is not None else available
-    suspended = demand.held()
-    held_first = [True, False] if suspended is not None and suspended <= HELD_BYTES else [False]
-    for spill in (False, True):
-        for held in held_first:
-            size, parts = peak(demand, spill=spill, held=held)
-            if limit is None or size <= limit:
-                return Placement(spill, HELD_BYTES if held else 0, size, parts, smallest)
-    size, parts = peak(demand, spill=True, held=False)
-    if budget is None:
-        return Placement(True, 0, size, parts, smallest)
+    size, in_memory = peak(demand, spill=False)
+    if limit is None or size <= limit:
+        return Placement(False, size, in_memory, smallest)
+    if budget is None or smallest <= budget:
+        return Placement(True, smallest, parts, smallest)
     largest = sorted(parts.items(), key=_second)[:3]
     top = ", ".join(f"{k.replace('_', ' ')} {_gigabytes(v)}" for k, v in largest)
     asks = any(name == "factors" for name, _ in largest)
@@ -433,11 +407,6 @@ def _stored_apart(stack: Stack) -> int:
         return 0
     largest = max((p.numel() for p in stack.model.parameters() if not p.is_meta), default=0)
     return largest * checkpoint.storage_dtype.itemsize
-
-
-def held_bytes(stack: Stack, by_block: Mapping[int, Sequence[Linear]], tokens: int) -> int:
-    """What suspended forwards of all tokens hold in front of the widest stage: residual, its norm, and its input twice."""
-    return tokens * 2 * (stack.hidden_bytes + widest_input(stack, by_block) * stack.compute.itemsize)
 
 
 def widest_input(stack: Stack, by_block: Mapping[int, Sequence[Linear]]) -> int:
