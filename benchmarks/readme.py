@@ -18,6 +18,7 @@ from pathlib import Path
 from tables.encoders import encoder_speed, encoders, vision_study
 from tables.evidence import evidence
 from tables.frontier import frontier
+from tables.gguf import gguf_files
 from tables.glance import glance, owl
 from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
@@ -43,6 +44,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLES: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"glance": glance, "owl": owl},
     "docs/encoders.md": {"encoders": encoders},
+    "docs/log/gguf.md": {"gguf_smollm2": gguf_files},
     "docs/models.md": {"families": families},
     "docs/other-runtimes.md": {"runtimes": runtimes},
     "docs/results/recipes.md": {"recipes": recipes, "recipes_gemma": recipes},
