@@ -256,6 +256,29 @@ def test_what_a_form_cannot_hold_is_left_out_unless_it_is_strict(client, unknown
             refused()
 
 
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"$ref": "#"}, "no token may come next (NoExtensionBias); does a $ref lead only to itself?"),
+        ({"$ref": "#/$defs/a", "$defs": {"b": {}}}, "Pointer '/$defs/a' does not exist"),
+        (
+            {"type": "string", "pattern": "(?=a)b"},
+            "regex parse error: look-around, including look-ahead and look-behind, is not supported",
+        ),
+        (
+            {"type": "string", "minLength": 5, "maxLength": 2},
+            "Unsatisfiable schema: minLength (5) is greater than maxLength (2)",
+        ),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused_in_a_sentence(client, schema, reason):
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="tiny", messages=CHAT, response_format=form)
+    expected = f"'response_format' describes what cannot be followed: {reason}"
+    assert caught.value.body["message"] == expected and caught.value.body["param"] == "response_format"
+
+
 def test_what_is_served_is_told(server, client):
     assert [one.id for one in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
     status, body = ask(server, "GET", "/health")

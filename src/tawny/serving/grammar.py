@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawny.errors import UserError, one_line
+from tawny.errors import UserError, one_line, printable
 from tawny.serving.protocol import Refused
 
 # A model may break and indent lines, but not write spaces for ever.
@@ -62,10 +62,20 @@ class Grammars:
             long = f"has {len(grammar)} characters; expected at most {_MOST_CHARACTERS}"
             raise Refused(f"the grammar of '{param}' {long}", param=param)
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            said = matcher.get_error().strip().splitlines() or ["unknown"]
-            raise Refused(f"'{param}' describes what cannot be followed: {said[0]}", param=param)
-        return GrammarState(matcher, self.tokenizer, self.words)
+        state = GrammarState(matcher, self.tokenizer, self.words)
+        try:
+            if matcher.is_error():
+                raise UserError(_said(matcher))
+            state.allowed()  # else a schema that no text fits would be an error in the middle of an answer
+        except UserError as error:
+            raise Refused(f"'{param}' describes what cannot be followed: {error}", param=param) from None
+        return state
+
+
+def _said(matcher: Any) -> str:
+    """llguidance's reason in a line, without the state of its parser; of an expression the complaint is in the last one."""
+    lines = matcher.get_error().strip().splitlines() or ["unknown"]
+    return printable(lines[0] + (" " + lines[-1].removeprefix("error: ") if lines[0].endswith(":") else ""))
 
 
 class GrammarState:
@@ -95,9 +105,8 @@ class GrammarState:
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         mask = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.words]).bool()
         if self.matcher.is_error() or not mask.any():
-            raise UserError(
-                f"the text cannot keep the form that was asked for: {self.matcher.get_error() or 'no token fits'}"
-            )
+            why = f" ({_said(self.matcher)})" if self.matcher.is_error() else ""
+            raise UserError(f"no token may come next{why}; does a $ref lead only to itself?")
         return mask
 
     def take(self, token: int) -> None:
