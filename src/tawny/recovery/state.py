@@ -32,7 +32,7 @@ class Standing:
         step_seconds: of the last step, without the teacher.
         curve: one entry a step: step, tokens, lr, loss, kl, norm.
         measured: one entry a measurement on the held-out windows.
-        best: the entry of `measured` with the lowest loss.
+        best: the entry of `measured` with the lowest KL from the teacher, or without one the lowest loss.
         stale: measurements since then.
         held_out: windows that each measurement reads.
         measuring: seconds that measurements took in all, the teacher's forwards of their windows included.

@@ -431,7 +431,10 @@ class Training:
         if "kl" in entry:
             line += f", KL {entry['kl']:.3f}, top-1 {entry['top1']:.1%}"
         self.progress.say(line)
-        if standing.best is None or entry["loss"] < standing.best["loss"]:
+        # A loss can fall while the model moves away from the dense one, on other texts too.
+        decides = "kl" if "kl" in entry else "loss"
+        best = standing.best
+        if best is None or (math.isfinite(entry[decides]) and not best[decides] <= entry[decides]):
             self.shelf.keep_best(standing.step)
             standing.best, standing.stale = entry, 0  # once it is kept: Ctrl-C may come between
         else:
