@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tawny
+from tawny.decoding.opening import threads
 from tawny.errors import CheckpointError, MissingFeature, ModelError, OutputError, UserError
 from tawny.packed.folder import INDEX, PackedFolder
 from tests.packed.cases import python
@@ -55,6 +57,21 @@ def test_two_loads_of_one_type_are_told_apart_from_a_cast(packed_llama):
     assert model.dtype is torch.float32
     assert model.model.layers[0].mlp.up_proj.values.dtype is torch.bfloat16
     assert logits(model, tokens(1, 4)).dtype is torch.float32
+
+
+def test_hashes_are_compared_on_all_threads(packed_llama, monkeypatch):
+    folder, meeting = PackedFolder(packed_llama), threading.Barrier(2, timeout=30)
+    first = sorted(folder.tensors, key=lambda name: folder.tensors[name].offset)[:2]
+    compare = PackedFolder._verify
+
+    def compare_together(self, name):
+        if name in first:
+            meeting.wait()  # one thread would wait for the second tensor in vain
+        compare(self, name)
+
+    monkeypatch.setattr(PackedFolder, "_verify", compare_together)
+    with threads(2):
+        folder.verify()
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "xyz"])
