@@ -253,6 +253,15 @@ def test_a_speed_becomes_bytes_that_a_token_reads(dense, job, fitted, tmp_path, 
     assert not (tmp_path / "slow.partial").exists()
 
 
+def test_a_level_whose_mask_takes_longer_than_whole_int8_counts_as_that():
+    """By an injected pace: a mask takes 20 cycles for 64 weights, however few are left."""
+    sizes = {f"{kind}@{share}": 100 for kind in KINDS_TRIED for share in (0.0, 0.5, 0.7)}
+    slower = dict.fromkeys(sizes, 1.0)
+    slower["int8@0.0"], sizes["int8@0.0"] = 1.5, 200
+    slower |= {"int3@0.5": 3.5, "int4@0.7": 3.1, "int4@0.0": 9.0}  # whole int8 takes 3, whole levels stay
+    assert pace_module.without_masks(slower, sizes) == {"int3@0.5": 3.0}
+
+
 def test_an_embedding_of_its_own_takes_bytes_of_the_file_and_one_row_of_a_token(tmp_path):
     sizes = PackedSize(prepared(saved(tmp_path / "dense")))
     for kind in (None, "int8", "int4"):

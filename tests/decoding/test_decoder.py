@@ -59,7 +59,7 @@ def test_masks_are_left_out_where_that_is_faster_and_come_back(monkeypatch, pays
     held = dict(masked.named_buffers())
     twin = copy.deepcopy(masked)
     monkeypatch.setattr(whole, "_SAMPLE", 1)
-    monkeypatch.setattr(whole, "_WORTH", 1e9 if pays else 0.0)
+    monkeypatch.setattr(whole, "WORTH", 1e9 if pays else 0.0)
     pays = pays and native.kernel_name() not in native.EXPANDING
     with kernels(twin):
         inside = [m for m in twin.modules() if isinstance(m, PackedLinear)]
@@ -70,6 +70,25 @@ def test_masks_are_left_out_where_that_is_faster_and_come_back(monkeypatch, pays
     assert path == "blocks" and torch.equal(found, expected)
     assert dict(twin.named_modules()).keys() == before.keys()
     assert all(torch.equal(buffer, held[name]) for name, buffer in twin.named_buffers())
+
+
+@pytest.mark.parametrize(("free", "exchanged"), [(9, {"int3", "int4"}), (2, {"int3"}), (1, set())])
+def test_each_kind_loses_its_masks_where_they_are_slower_and_memory_suffices(monkeypatch, free, exchanged):
+    """By an injected pace: masked int3 takes four times as long as whole, int4 twice, int8 half as long."""
+    level = next((name for name in LEVELS if name not in native.EXPANDING), None)
+    if level is None:
+        pytest.skip("needs a compiled kernel that does not expand")
+    stack = find_stack(prune(tiny_model("llama")).eval())[1]
+    linear = next(module for module in stack.modules() if isinstance(module, nn.Linear))
+    made = nn.ModuleList(pack_linear(linear, kind) for kind in ("int8", "int4", "int3"))
+    pace = {"int3": 4.0, "int4": 2.0, "int8": 0.5}
+    monkeypatch.setattr(
+        whole, "_seconds", lambda weights: [1.0 if w.masks is None else pace[w.kind.name] for w in weights]
+    )
+    monkeypatch.setattr(whole, "_SAMPLE", 1)
+    monkeypatch.setattr(whole, "free_memory", lambda: free * linear.weight.numel())
+    with native.force(level):
+        assert {linear.kind for linear in whole.exchanged(made)} == exchanged
 
 
 def test_nothing_is_exchanged_where_no_kernel_is_chosen(monkeypatch):

@@ -106,7 +106,7 @@ def test_experts_that_leave_their_masks_out_compute_the_same_bits(family, monkey
         with kernels(packed):
             expected = logits(packed, ids)
         monkeypatch.setattr(whole, "_SAMPLE", 1)
-        monkeypatch.setattr(whole, "_WORTH", 1e9)
+        monkeypatch.setattr(whole, "WORTH", 1e9)
         whole._decided.clear()
         with kernels(packed):
             inside = [module for module in packed.modules() if isinstance(module, PackedExpert)]

@@ -24,6 +24,7 @@ from torch import Tensor
 from tawny.allocation.profile import LinearInfo
 from tawny.choosing.level import SPARSITIES, UNMEASURED, Level, Measures, levels_tried
 from tawny.choosing.sizes import Limit
+from tawny.decoding.whole import WORTH
 from tawny.errors import MissingFeature
 from tawny.kernels import native
 from tawny.packed import format
@@ -45,7 +46,8 @@ class Pace:
 
     Attributes:
         bandwidth: bytes a second that memory streams.
-        slower: of each level (and `dense`), how many times as long a product takes as streaming its bytes; at least 1.
+        slower: of each level (and `dense`), how many times as long a product takes as streaming its bytes; at least 1. A
+            level that decoding runs without its mask takes what whole int8 takes.
         shape: of the matrices that were multiplied.
     """
 
@@ -115,7 +117,7 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
         streams.append(streamed.nbytes / _least(partial(native.stream, streamed, threads)))
         return _slower(make, size, x_TI, streams[-1], call)
 
-    slower = {}
+    slower, sizes = {}, {}
     for level in every:
         packed = format.pack(W_OI * (order_OI >= level.sparsity), level.kind, whole=not level.sparsity)
 
@@ -123,12 +125,22 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
             tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
             return PackedLinear(PackedTensor(tensors, packed.shape, packed.values, packed.group))
 
+        sizes[_key(level)] = packed.nbytes
         slower[_key(level)] = against(multiplier, packed.nbytes)
         progress.step(_key(level))
     W_OI = W_OI.bfloat16()
     slower[DENSE] = against(lambda: DenseLinear(W_OI.clone()), W_OI.nbytes)
     progress.step(DENSE)
+    if native.kernel_name() not in native.EXPANDING:
+        slower |= without_masks(slower, sizes)
     return Pace(max(streams), slower, shape, threads, native.kernel_name())
+
+
+def without_masks(slower: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """`slower` of the levels that decoding/whole.py runs as whole int8, because their masks take longer; `sizes` in bytes."""
+    whole = slower[_key(Level(0.0, "int8"))] * sizes[_key(Level(0.0, "int8"))]
+    masked = [_key(level) for level in levels_tried() if level.sparsity]
+    return {key: whole / sizes[key] for key in masked if whole < WORTH * slower[key] * sizes[key]}
 
 
 def _slower(
