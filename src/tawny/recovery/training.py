@@ -45,6 +45,7 @@ _MEASURING = 0.1  # of the minutes given, the most that measuring takes
 # Of what is read once, a walk of the teacher: a run that ends early has made few in vain.
 _PASSING_TOKENS = 8192
 _STEP_FORWARDS = 4  # the teacher's and the student's, and two for the gradients
+_STEP = ("train_forward", "train_loss", "train_backward", "optimiser")  # phases of a step
 _SAVING = 600  # seconds after which a state is saved, measured or not
 
 
@@ -210,7 +211,7 @@ class Training:
                 self.progress.at(far, ends)
             return
         steps = self.steps - standing.step
-        left = steps * self.clock.seconds["train"] / standing.step
+        left = steps * self._trained / standing.step
         left += standing.cost * (steps // settings.eval_every + 1)
         if self.teacher is not None:
             missing = steps * settings.batch
@@ -249,8 +250,8 @@ class Training:
         rate = self._rate(share, standing.step + 1)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        with self.clock("train"):
-            losses = self._gradients(self.reading.rows(standing.step))
+        losses = self._gradients(self.reading.rows(standing.step))
+        with self.clock("optimiser"):
             norm = float(nn.utils.clip_grad_norm_(self.tensors, settings.clip))
             loss = (losses.next_token * (1 - self._kl) + losses.kl * self._kl) / losses.tokens
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -275,6 +276,11 @@ class Training:
         standing.step_seconds = self._elapsed() - begun
         kl = f", KL {entry['kl']:.3f}" if self._kl else ""
         self.progress.detail(f"loss {entry['loss']:.3f}{kl}", 0, 0)
+
+    @property
+    def _trained(self) -> float:
+        """Seconds of all steps, without the teacher and measuring."""
+        return sum(self.clock.seconds.get(part, 0.0) for part in _STEP)
 
     @property
     def _kl(self) -> float:
@@ -304,11 +310,14 @@ class Training:
         for start in range(0, len(rows), max(1, micro)):
             some = rows[start : start + micro]
             samples = self.reading.take(some)
-            hidden_BTH = self.student.hidden(samples.inputs)
-            losses, gradient_BTH = self._distil(samples, hidden_BTH, some, scale)
+            with self.clock("train_forward"):
+                hidden_BTH = self.student.hidden(samples.inputs)
+            with self.clock("train_loss"):
+                losses, gradient_BTH = self._distil(samples, hidden_BTH, some, scale)
             total.add(losses)
             if gradient_BTH is not None:
-                torch.autograd.backward([hidden_BTH], [gradient_BTH])
+                with self.clock("train_backward"):
+                    torch.autograd.backward([hidden_BTH], [gradient_BTH])
         return total
 
     def _counted(self, rows: list[int]) -> int:
@@ -376,7 +385,7 @@ class Training:
         settings, standing = self.settings, self.standing
         if self._ends is None:
             return self.steps
-        if self.clock.seconds.get("train"):
+        if self._trained:
             each = self._elapsed() / max(1, len(standing.curve))
         else:
             each = _STEP_FORWARDS * self._a_token() * settings.batch * settings.seqlen
@@ -518,7 +527,7 @@ class Training:
             with self.clock("write"):
                 record.out = str(self.place.out)
                 record.bytes = write(output, self.student, self.folder)
-        if trained := self.clock.seconds.get("train", 0.0):
+        if trained := self._trained:
             record.tokens_per_second = record.tokens / trained
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         record.seconds["total"] = round(self._elapsed() + self.clock.seconds["text"], 3)
