@@ -295,7 +295,7 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["prune", "m", "--out", "o", "-s", "0.5", "-a", "none.yaml"], "neither a file nor one of uniform"),
         (["prune", "m", "--out", "o", "-s", "0.6", "-p", "2:4"], "implies"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-c", "none.yaml"], "cannot be read"),
-        (["prune", "m", "--out", "o", "-s", "0.5", "-c", "bst"], "'best'"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-c", "fst"], "'fast'"),
         (["prune", "m", "--out", "o", "-s", "0.5", "--eval", "wikitext"], "'wikitext2'"),
         (["prune", "m", "--out", "o", "-s", "much"], "tawny prune --help"),
         (["prune", "m"], "--out"),
