@@ -2,7 +2,7 @@
 
 A pattern is unstructured (the lowest scores of each row, or of the whole matrix, go) or n:m (the n highest of
 every m neighbours along `in` stay); or whole members of a coupling go, channels or heads (model/couplings.py); or whole
-blocks. Promises of masks of single weights:
+experts (model/mixtures.py) or blocks. Promises of masks of single weights:
 
 - A mask removes an exact count. It is chosen by selection, never by comparing with a threshold alone, so
   equal scores cannot make it remove one too many or one too few.
@@ -31,6 +31,7 @@ __all__ = [
     "NM",
     "AnyPattern",
     "Blocks",
+    "Experts",
     "MemberKind",
     "Members",
     "Pattern",
@@ -108,6 +109,14 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Whole experts of mixtures, with their rows of the router."""
+
+    def __str__(self) -> str:
+        return "experts"
+
+
+@dataclass(frozen=True)
 class Rank:
     """No weight goes: each linear becomes a product of two factors of r(out + in) numbers, written dense."""
 
@@ -116,7 +125,7 @@ class Rank:
 
 
 Pattern = Unstructured | NM  # which single weights may go together
-AnyPattern = Pattern | Members | Blocks | Rank
+AnyPattern = Pattern | Members | Blocks | Experts | Rank
 
 _UNSTRUCTURED: dict[str, Scope | None] = {
     "unstructured": None,
@@ -129,7 +138,7 @@ _MEMBERS: tuple[tuple[MemberKind, ...], ...] = (("channels",), ("heads",), ("cha
 
 
 def parse_pattern(text: str) -> AnyPattern:
-    """`unstructured`, `row`, `matrix`, `n:m` (n kept of every m), `channels`, `heads`, `channels+heads`, `blocks` or `rank`.
+    """`unstructured`, `row`, `matrix`, `n:m` (n kept of every m), `channels`, `heads`, `channels+heads`, `blocks`, `experts` or `rank`.
 
     Raises:
         PatternError: none of these.
@@ -139,14 +148,15 @@ def parse_pattern(text: str) -> AnyPattern:
         return Unstructured(_UNSTRUCTURED[word])
     if found := re.fullmatch(r"(\d+)\s*:\s*(\d+)", word):
         return NM(int(found[1]), int(found[2]))
-    if word in ("blocks", "rank"):
-        return Blocks() if word == "blocks" else Rank()
+    for whole in (Blocks(), Experts(), Rank()):
+        if word == str(whole):
+            return whole
     for kinds in _MEMBERS:
         if sorted(part.strip() for part in word.split("+")) == list(kinds):
             return Members(kinds)
     raise PatternError(
         f"pattern {text!r} is not known; expected 'unstructured', 'row', 'matrix', 'channels', 'heads', 'channels+heads', "
-        "'blocks', 'rank' or n:m such as '2:4' (n kept of every m; quote it in YAML)"
+        "'blocks', 'experts', 'rank' or n:m such as '2:4' (n kept of every m; quote it in YAML)"
     )
 
 

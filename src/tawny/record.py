@@ -56,6 +56,8 @@ class Record:
         evaluation: `{"dense": …, "pruned": …}` where both were measured.
         outlier_M: M of the linears' outlier counts.
         generated: `{"prompt", "dense", "pruned"}` texts, where both models were asked to continue some.
+        experts: what became of the mixture of each block, where whole experts left: `kept` and `removed` by number, how often each was
+            `chosen` before, their `scores`, and what the output `felt` of it all where it was asked.
         refined: what training did to each block, where the recipe asks for it; `also` names the norms and biases
             that it changed, beside the pruned linears.
         resumed: how often the run was taken up again.
@@ -95,6 +97,7 @@ class Record:
     evaluation: dict[str, Any] = field(default_factory=dict)
     outlier_M: float | None = None
     refined: list[dict[str, Any]] = field(default_factory=list)
+    experts: list[dict[str, Any]] = field(default_factory=list)
     generated: list[dict[str, str]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: int = 0

@@ -154,6 +154,51 @@ def whole_members(wish: Mapping[str, float], profile: Profile, target: float) ->
     return {x.name: removed[x.coupling] / by_name[x.coupling].members for x in profile.linears}
 
 
+def whole_experts(
+    wish: Mapping[str, float], profile: Profile, target: float, limits: Mapping[str, tuple[int, int]]
+) -> Allocation:
+    """Turn wishes for linears into whole experts: as many of each mixture where these are wanted alike, else exact in all.
+
+    Args:
+        limits: of each mixture (`LinearInfo.coupling`) how many experts leave at once, one of each group, and how many stay.
+
+    Raises:
+        RecipeError: the target leaves a mixture fewer experts than have to stay, or removes none.
+    """
+    units = _units(profile)
+    sizes = {unit.name: unit.size for unit in units}
+    most = {unit.name: (unit.members - limits[unit.name][1]) / unit.members for unit in units}
+    total = sum(sizes.values())
+    reach = math.fsum(most[name] * sizes[name] for name in sizes) / total
+    if target > reach:
+        least = min(units, key=lambda unit: most[unit.name])
+        raise RecipeError(
+            f"sparsity {target:g} leaves {least.name} fewer than {limits[least.name][1]} of {least.members} experts, which its router "
+            f"needs to pick from; the most that is possible is {math.floor(reach * 1e4) / 1e4:g}"
+        )
+    raw = dict.fromkeys(sizes, 0.0)
+    for linear in profile.linears:
+        raw[linear.coupling] += wish[linear.name] * linear.numel / sizes[linear.coupling]
+    _check(raw, target, 0.0, 1.0)
+    share = _shift({name: round(value, 9) for name, value in raw.items()}, sizes, target, 0.0, most)
+    # An allocator's wishes for equal linears differ by a weight: it rounds to whole ones.
+    alike = max(share.values()) - min(share.values()) <= 4 / min(x.numel for x in profile.linears)
+    carried = 0.0
+    removed: dict[str, int] = {}
+    for unit in units:
+        step, stay = limits[unit.name]
+        wanted = (target if alike else share[unit.name]) * unit.members + (0.0 if alike else carried)
+        removed[unit.name] = step * min((unit.members - stay) // step, max(0, round(_snap(wanted / step))))
+        carried = wanted - removed[unit.name]
+    if not any(removed.values()):
+        step, every = max((limits[unit.name][0], unit.members) for unit in units)
+        raise RecipeError(
+            f"sparsity {target:g} removes no whole expert: of {every} experts {step} leave at once, so give {step / every:.4g} or more"
+        )
+    members = {unit.name: unit.members for unit in units}
+    return {x.name: removed[x.coupling] / members[x.coupling] for x in profile.linears}
+
+
 def whole_ranks(wish: Mapping[str, float], profile: Profile, target: float) -> Allocation:
     """Turn wishes into whole ranks of at least 1, as sparsities 1 − r(out + in) / (out·in).
 

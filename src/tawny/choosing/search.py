@@ -47,7 +47,7 @@ from tawny.errors import NumericalError, RecipeError, TextError
 from tawny.model.source import resolve
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
-from tawny.patterns import Blocks, Rank
+from tawny.patterns import Blocks, Experts, Rank
 from tawny.process_group import refuse_several
 from tawny.progress import Progress, silent
 from tawny.pruning.output import asking_output
@@ -98,7 +98,7 @@ def search(
     if of_recipe.get("allocator") is not None:
         raise RecipeError("a search finds the allocation itself: leave the allocator out")
     recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
-    if isinstance(pattern := recipe.make_pattern(), Blocks | Rank):
+    if isinstance(pattern := recipe.make_pattern(), Blocks | Experts | Rank):
         raise RecipeError(
             f"a search moves weights or whole members from one linear to another, and {pattern} removes neither: give this pattern "
             "to `tawny prune`, or search with another"

@@ -357,9 +357,17 @@ class Checkpoint:
         return {name: (value[0] if isinstance(value, list) else value) for name, value in converted.items()}
 
     def store(
-        self, unit: Unit, parameters: Mapping[str, torch.Tensor], model: PreTrainedModel
+        self,
+        unit: Unit,
+        parameters: Mapping[str, torch.Tensor],
+        model: PreTrainedModel,
+        *,
+        fewer: bool = False,
     ) -> dict[str, torch.Tensor]:
         """The inverse of `load`: tensors under the names and in the dtypes of the file, views of the parameters where possible.
+
+        Args:
+            fewer: the parameters may hold fewer experts than the file.
 
         Raises:
             CheckpointError: transformers' own inverse mapping does not give back the names that were read.
@@ -369,7 +377,7 @@ class Checkpoint:
         from transformers.core_model_loading import revert_weight_conversion
 
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(parameters))
-        if set(reverted) != set(unit.sources):
+        if set(reverted) != set(unit.sources) and not (fewer and set(reverted) < set(unit.sources)):
             raise CheckpointError(
                 f"{unit.targets[0]!r} cannot be written back as the {len(unit.sources)} tensors it was read from "
                 f"(first {unit.sources[0]!r}); this layout is not supported yet"

@@ -308,7 +308,7 @@ class Stack:
         return list({id(one): one for one in every if isinstance(one, PretrainedConfig)}.values())
 
     @contextlib.contextmanager
-    def _plain_experts(self) -> Iterator[None]:
+    def plain_experts(self) -> Iterator[None]:
         """Fused expert kernels hide which tokens an expert saw; the plain loop calls one linear an expert."""
         before = [getattr(one, "_experts_implementation", None) for one in self._configs]
         for one in self._configs:
@@ -360,7 +360,7 @@ class Stack:
         """Output of block `index` in the shape of its input, with a graph behind it where gradients are enabled."""
         given = hidden_BTH if call.layout is None else call.layout.whole(hidden_BTH)
         try:
-            with self._plain_experts() if self._fused else contextlib.nullcontext():
+            with self.plain_experts() if self._fused else contextlib.nullcontext():
                 given_back = self.blocks[index](given, *call.args, **call.kwargs)
         except LookupError as error:
             if call.empty:  # it looks for what an earlier one has left

@@ -220,7 +220,7 @@ def _notes(job: Job, undecided: bool) -> list[str]:
         notes = [
             f"{recipe.allocator.name} decides once it has measured the dense model; `tawny profile` shows what it would see"
         ]
-    if job.chooses_blocks or job.couplings:
+    if job.chooses_blocks or job.couplings or job.mixtures:
         notes.append(f"about so many weights are removed: whole {job.budget_pattern} go")
     return notes
 
@@ -259,7 +259,7 @@ def seconds_of(job: Job, load: Load) -> dict[str, float]:
         consumers = tuple(info for info in infos if info.name == info.coupling)
         works = [partial(job.member_solver.work, output=factor)] * (job.needs == "hessian")
         seconds["solve"] = _solving(works, job.needs == "hessian", consumers)
-    elif not job.removes_blocks:
+    elif not (job.removes_blocks or job.mixtures):
         solver, grid = job.weight_solver, bool(recipe.values.names)
         works = [partial(solver.work, output=factor)] * (solver.needs == "hessian")
         works += [partial(solver.rounding, output=factor)] * grid

@@ -37,18 +37,30 @@ from tawny.model.biases import bias_settings
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.couplings import Coupling, couple, some_tokens
 from tawny.model.linears import Linear, check_selection, check_writable, select
+from tawny.model.mixtures import Mixture, find_mixtures
 from tawny.model.source import resolve
 from tawny.model.stack import TOKENS, Stack, live_stack
 from tawny.model.structure import adapters, input_of, predicts_tokens, staying_dense
 from tawny.packed.install import check_ends
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
-from tawny.patterns import NM, AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
+from tawny.patterns import (
+    NM,
+    AnyPattern,
+    Blocks,
+    Experts,
+    Members,
+    Pattern,
+    Rank,
+    Unstructured,
+    check_pattern,
+)
 from tawny.precision import compute_dtype
 from tawny.progress import Progress
 from tawny.recipe.schema import Recipe
 from tawny.run.memory import Demand, Load
 from tawny.solvers.base import BlockSolver, Solver
+from tawny.solvers.experts import ExpertSolver
 from tawny.solvers.members import MemberSolver
 from tawny.words import size
 
@@ -67,6 +79,7 @@ class Job:
         by_block: the linears to prune, block by block.
         budget_pattern: what the budget is spent in.
         couplings: what their members belong to, block by block; empty where single weights go.
+        mixtures: of which whole experts leave, block by block; empty where others go, None where a block keeps all.
         settings: what config.json will say otherwise, so that there are biases to compensate with.
     """
 
@@ -77,8 +90,9 @@ class Job:
     by_block: Sequence[Sequence[Linear]]
     budget_pattern: AnyPattern
     allocator: Allocator
-    solver: Solver | MemberSolver | BlockSolver
+    solver: Solver | MemberSolver | BlockSolver | ExpertSolver
     couplings: Sequence[Sequence[Coupling]] = ()
+    mixtures: Sequence[Mixture | None] = ()
     settings: Mapping[str, bool] = field(default_factory=dict)
 
     @property
@@ -86,9 +100,9 @@ class Job:
         """Which single weights may go.
 
         Raises:
-            RecipeError: the recipe removes whole members or blocks.
+            RecipeError: the recipe removes whole members, experts or blocks.
         """
-        if isinstance(self.budget_pattern, Members | Blocks):
+        if isinstance(self.budget_pattern, Members | Blocks | Experts):
             raise RecipeError(
                 f"this is done with single weights, and pattern {self.budget_pattern} removes none: choose another pattern"
             )
@@ -112,6 +126,12 @@ class Job:
         """The solver of whole blocks."""
         assert self.removes_blocks
         return cast(BlockSolver, self.solver)
+
+    @property
+    def expert_solver(self) -> ExpertSolver:
+        """The solver of whole experts."""
+        assert self.mixtures
+        return cast(ExpertSolver, self.solver)
 
     @property
     def removes_blocks(self) -> bool:
@@ -141,10 +161,11 @@ class Job:
     @property
     def linears(self) -> tuple[LinearInfo, ...]:
         """All of them, as an allocator knows them before anything is measured."""
-        coupled = {x.name: c for some in self.couplings for c in some for x in c.linears}
+        coupled = {x.name: (c.name, c.members) for some in self.couplings for c in some for x in c.linears}
+        coupled |= {x.name: (m.name, m.count) for m in self.mixtures if m is not None for x in m.linears}
         return tuple(
-            LinearInfo(x.name, x.shape, i, coupling=coupled[x.name].name, members=coupled[x.name].members)
-            if self.couplings
+            LinearInfo(x.name, x.shape, i, coupling=coupled[x.name][0], members=coupled[x.name][1])
+            if coupled
             else LinearInfo(x.name, x.shape, i)
             for i, some in enumerate(self.by_block)
             for x in some
@@ -210,6 +231,10 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         if isinstance(pattern, NM):
             _check_grids(recipe, pattern, {linear.shape[1] for linear in chosen})
     couplings: list[list[Coupling]] = []
+    mixtures: list[Mixture | None] = []
+    if isinstance(pattern, Experts):
+        mixtures = _mixtures(stack, by_block)
+        by_block = [list(mixture.linears) if mixture else [] for mixture in mixtures]
     if isinstance(pattern, Blocks):
         _check_whole_blocks(stack, every, by_block)
     if isinstance(pattern, Members):
@@ -225,7 +250,32 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         recipe.make_allocator(),
         recipe.make_solver(),
         couplings,
+        mixtures,
     )
+
+
+def _mixtures(stack: Stack, by_block: Sequence[Sequence[Linear]]) -> list[Mixture | None]:
+    """The mixtures whose linears are all chosen.
+
+    Raises:
+        ModelError: there is none, one cannot be found, or one is chosen in part; a live model would keep its shapes.
+    """
+    if stack.checkpoint is None:
+        raise ModelError(
+            "experts are cut out of a checkpoint, and a live model keeps its shapes: save it, and give its folder and out=…"
+        )
+    mixtures: list[Mixture | None] = []
+    for mixture, linears in zip(find_mixtures(stack), by_block, strict=True):
+        names = {linear.name for linear in linears}
+        missing = [x.name for x in mixture.linears if x.name not in names] if mixture else []
+        if mixture is not None and 0 < len(missing) < len(mixture.linears):
+            raise ModelError(
+                f"experts leave as a whole, and include or exclude leaves {missing[0]} out: choose all linears of {mixture.name}, or none"
+            )
+        mixtures.append(None if missing else mixture)
+    if not any(mixtures):
+        raise ModelError("no mixture is left to prune: include or exclude leaves all experts out")
+    return mixtures
 
 
 def check_widths(linears: Sequence[Linear]) -> None:
@@ -297,7 +347,7 @@ def notices(job: Job, tokens: int) -> list[str]:
             f"{checkpoint.folder.name} is stored as {checkpoint.stored_as} ({size(file_bytes(checkpoint.folder))}) and is written "
             f"dense ({size(checkpoint.bytes_in(None))}); `tawny pack` makes it smaller"
         )
-    weights = not (job.couplings or job.removes_blocks)
+    weights = not (job.couplings or job.removes_blocks or job.mixtures)
     if weights and not (predicts_tokens(job.stack.model) or allocator == "uniform" or job.allocator.as_given):
         said.append(
             "uniform kept more than other allocators in nearly every trial on encoders: try -a uniform"
@@ -340,7 +390,7 @@ def output_count(recipe: Recipe, samples: int, seqlen: int) -> int:
 def demand_of(job: Job, load: Load) -> Demand:
     """What pruning asks of memory."""
     wanted = job.needs_samples
-    asks = job.factor != "none" and load.samples
+    asks = (job.factor != "none" or (job.mixtures and job.expert_solver.asks_output)) and load.samples
     return Demand(
         job.stack,
         job.by_block,
@@ -362,7 +412,7 @@ def demand_of(job: Job, load: Load) -> Demand:
 def _walks_alone(job: Job, load: Load) -> bool:
     """Whether the walks of a run need what is outside the blocks only until samples are embedded, as far as is known before any."""
     stack = job.stack
-    if stack.checkpoint is None or job.removes_blocks:  # one that leaves is tried out
+    if stack.checkpoint is None or job.removes_blocks or job.mixtures:  # what leaves is tried out
         return False
     if not job.needs_samples:
         return True

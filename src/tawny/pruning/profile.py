@@ -18,7 +18,7 @@ from tawny.allocation.owl import Owl
 from tawny.allocation.profile import Allocator, Profile
 from tawny.errors import RecipeError
 from tawny.model.trust import opens_models
-from tawny.patterns import AnyPattern, Blocks, Members, Unstructured
+from tawny.patterns import AnyPattern, Blocks, Experts, Members, Unstructured
 from tawny.progress import Progress, silent
 from tawny.pruning.output import asking_output
 from tawny.pruning.profiling import allocate, block_sparsities, profile_walk
@@ -101,7 +101,7 @@ def profile(
         recipe, source, purpose, progress, tokenizer=tokenizer, calibration=given, alone=True
     ) as session:
         pattern = session.job.budget_pattern
-        if isinstance(pattern, Blocks | Members):
+        if isinstance(pattern, Blocks | Experts | Members):
             progress.say(f"sparsities are shown as for single weights, not as whole {pattern}")
             pattern = Unstructured()
         with asking_output(session, survey.output) as asked:

@@ -32,6 +32,7 @@ from tawny.allocation.budget import (
     mixed_bits,
     mixed_nm,
     spread_in_blocks,
+    whole_experts,
     whole_members,
     whole_ranks,
 )
@@ -235,6 +236,10 @@ def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tupl
         whole = len(kinds) == sum(len(job.stack.linears(i)) for i in range(len(job.stack)))
         if GPU_KINDS.keys() & kinds.values() and not (whole and len({*kinds.values()}) == 1):
             check_fused(job.stack, kinds)
+        if job.mixtures:
+            limits = {m.name: (m.groups, m.least) for m in job.mixtures if m is not None}
+            wish = job.allocator.allocate(profile, recipe.sparsity)
+            return whole_experts(wish, profile, recipe.sparsity, limits), kinds
         return allocate(job.allocator, profile, job.budget_pattern, recipe.sparsity, warnings), kinds
     by_bits = {kind_of(name).bits: name for name in values.of}
     wish = job.allocator.allocate(profile, 1 - values.mean / max(by_bits))

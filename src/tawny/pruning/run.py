@@ -20,11 +20,12 @@ from tawny.allocation.profile import Allocation
 from tawny.errors import RecipeError
 from tawny.machine import peak_memory
 from tawny.model.source import resolve
-from tawny.model.streams import Samples
+from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.block import PRUNED
 from tawny.pruning.blocks import choose_blocks
+from tawny.pruning.experts import PROBE, Cut, asking_experts, check_experts, describe_cut, probe_samples
 from tawny.pruning.output import asking_output
 from tawny.pruning.prepare import demand_of, notices
 from tawny.pruning.profiling import profile_walk, spend
@@ -112,6 +113,8 @@ def prune(
         tokenizer=tokenizer,
         calibration=given,
     ) as session:
+        if session.job.mixtures:
+            return _without_experts(session)
         with asking_output(session, session.job.factor) as session:
             solve = Solve(session, _allocate(session))
             visitors = [solve, Refine(solve), Advance(PRUNED), Write(session)]
@@ -125,6 +128,20 @@ def prune(
                 drop_outside=True,
             )
         return _finish(session)
+
+
+def _without_experts(session: Session) -> Record:
+    """Cut whole experts out of every block; a probe goes along, by which the result is proven."""
+    check_experts(session)
+    with asking_output(session, session.job.factor) as session:
+        allocation = _allocate(session)
+    cut = Cut(session, allocation, asking_experts(session))
+    samples = samples_of(session) | {PROBE: probe_samples(session.job.stack)}
+    visitors = [cut, Advance(*samples), Write(session)]
+    streams = walk(
+        session.run, session.job.stack, samples, visitors, name=WALK, phase="cutting experts", ends={PROBE}
+    )
+    return _finish(session, streams[PROBE])
 
 
 def _allocate(session: Session) -> Allocation:
@@ -147,7 +164,7 @@ def _allocate(session: Session) -> Allocation:
     return record.allocation
 
 
-def _finish(session: Session) -> Record:
+def _finish(session: Session, probe: Stream | None = None) -> Record:
     record, output, clock = session.record, session.output, session.run.clock
     record.zeros = sum(entry.zeros for entry in record.linears)
     record.sparsity = record.zeros / max(1, record.prunable)
@@ -155,6 +172,8 @@ def _finish(session: Session) -> Record:
     if output is not None:
         with clock("write"):
             write_rest(session)
+            if probe is not None:
+                describe_cut(session, probe)
         with clock("hash"):
             record.files = weight_files(output.folder)
     record.peak_memory = max(peak_memory(), record.peak_memory)

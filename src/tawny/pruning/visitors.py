@@ -180,7 +180,9 @@ class Write(Visitor):
             tensors: dict[str, Tensor] = {}
             for unit in checkpoint.units_of(block.name):
                 parameters = {name: block.stack.stored[name] for name in unit.targets}
-                tensors |= checkpoint.store(unit, parameters, block.stack.model)
+                tensors |= checkpoint.store(
+                    unit, parameters, block.stack.model, fewer=bool(self.session.job.mixtures)
+                )
             output.write_block(
                 f"{block.index:05d}", {name: self._stored(name, value) for name, value in tensors.items()}
             )

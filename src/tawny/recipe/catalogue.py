@@ -15,7 +15,7 @@ from tawny.calibration.text import NAMED_TEXTS
 from tawny.checked import option_keys
 from tawny.recipe.files import named_recipes
 from tawny.recipe.schema import SECTIONS, Recipe
-from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
+from tawny.solvers import BLOCK_SOLVERS, EXPERT_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
 
 _PATTERNS = {
     "unstructured": "any mask; the budget is kept per row or per matrix, as the solver's paper has it",
@@ -26,6 +26,7 @@ _PATTERNS = {
     "heads": "whole key-value groups of attention with their query heads; the same solvers",
     "channels+heads": "both under one budget",
     "blocks": "whole blocks: `tawny slim` then leaves them out; solvers divergence, influence",
+    "experts": "whole experts of mixtures, cut out at once; solvers reap, fisher, frequency, magnitude",
     "rank": "low rank instead of zeros, written dense, for studies; solver svd",
 }
 _FILES = {
@@ -61,7 +62,9 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     return {
         "recipes": [{"name": name, "summary": _told(path)} for name, path in named_recipes().items()],
         "allocators": _registered(ALLOCATORS),
-        "solvers": _registered({**SOLVERS, **MEMBER_SOLVERS, **BLOCK_SOLVERS, **RANK_SOLVERS}),
+        "solvers": _registered(
+            {**SOLVERS, **MEMBER_SOLVERS, **BLOCK_SOLVERS, **EXPERT_SOLVERS, **RANK_SOLVERS}
+        ),
         "patterns": _described(_PATTERNS),
         "texts": _described({**NAMED_TEXTS, **_FILES}),
         "keys": [

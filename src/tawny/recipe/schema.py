@@ -336,11 +336,11 @@ def registry(section: str) -> Mapping[str, Any]:
     """The classes that `allocator` or `solver` can name."""
     # Imported here: the numerics bring torch along, which the command line's help must not wait for.
     from tawny.allocation import ALLOCATORS
-    from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
+    from tawny.solvers import BLOCK_SOLVERS, EXPERT_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
 
     registries: dict[str, Mapping[str, Any]] = {
         "allocator": ALLOCATORS,
-        "solver": {**SOLVERS, **MEMBER_SOLVERS, **BLOCK_SOLVERS, **RANK_SOLVERS},
+        "solver": {**SOLVERS, **MEMBER_SOLVERS, **BLOCK_SOLVERS, **EXPERT_SOLVERS, **RANK_SOLVERS},
     }
     return registries[section]
 
@@ -348,8 +348,9 @@ def registry(section: str) -> Mapping[str, Any]:
 def default_name(section: str, values: Mapping[str, Any]) -> str:
     """The allocator or solver of a recipe, given as its keys, that names none."""
     whole = _whole(values.get("pattern"))
-    if whole == "blocks":
-        return {"solver": "divergence", "allocator": "uniform"}[section]
+    if whole in ("blocks", "experts"):
+        solver = {"blocks": "divergence", "experts": "reap"}[whole]
+        return {"solver": solver, "allocator": "uniform"}[section]
     if section == "solver" and whole:
         return {"members": "obs", "rank": "svd"}[whole]
     if section == "allocator" and _shares_bits(values.get("values")):
@@ -384,17 +385,21 @@ def _shares_bits(given: Any) -> bool:
     return mean is not None
 
 
-def _whole(pattern: Any) -> Literal["", "members", "blocks", "rank"]:
+_Whole = Literal["", "members", "blocks", "experts", "rank"]
+
+
+def _whole(pattern: Any) -> _Whole:
     """What the budget is spent in; nothing where single weights go."""
     from tawny.errors import PatternError
-    from tawny.patterns import Blocks, Members, Rank, parse_pattern
+    from tawny.patterns import Blocks, Experts, Members, Rank, parse_pattern
 
     try:
         parsed = parse_pattern(pattern) if isinstance(pattern, str) else None
     except PatternError:  # reported where it is read
         return ""
-    kinds: dict[type, Literal["", "members", "blocks", "rank"]] = {
+    kinds: dict[type, _Whole] = {
         Blocks: "blocks",
+        Experts: "experts",
         Members: "members",
         Rank: "rank",
     }
@@ -527,13 +532,14 @@ def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
 
 def _check_whole(recipe: Recipe) -> None:
     """Refuse a solver that does not know the pattern, and what whole members or blocks make pointless."""
-    from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
+    from tawny.solvers import BLOCK_SOLVERS, EXPERT_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
 
     whole = _whole(recipe.pattern)
     of_all: dict[str, Mapping[str, Any]] = {
         "": SOLVERS,
         "members": MEMBER_SOLVERS,
         "blocks": BLOCK_SOLVERS,
+        "experts": EXPERT_SOLVERS,
         "rank": RANK_SOLVERS,
     }
     known = of_all[whole]
@@ -551,14 +557,18 @@ def _check_whole(recipe: Recipe) -> None:
         raise RecipeError(
             "pattern rank is for studies of how ranks are shared: leave refit, refine and values out"
         )
+    if whole == "experts" and recipe.refine.epochs:
+        raise RecipeError(
+            "refine trains what is left of single weights, and experts leave as a whole: leave it out, and `tawny recover` the result"
+        )
     if whole and recipe.refit:
         raise RecipeError(
             f"refit is for masks of single weights, and {recipe.pattern} leave as a whole: leave it out (obs solves anew)"
         )
     if whole and recipe.values.names:
         raise RecipeError(
-            f"values {', '.join(recipe.values.names)} are for masks of single weights: prune {recipe.pattern}, `tawny slim`, then "
-            "`tawny pack --values`"
+            f"values {', '.join(recipe.values.names)} are for masks of single weights: prune {recipe.pattern}"
+            f"{'' if whole == 'experts' else ', `tawny slim`'}, then `tawny pack --values`"
         )
 
 

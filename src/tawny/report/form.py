@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Form", "choice_of_blocks", "form_of", "samples_shown", "whole_kind"]
+__all__ = ["Form", "choice_of_blocks", "choice_of_experts", "form_of", "samples_shown", "whole_kind"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,11 +52,13 @@ def form_of(record: Mapping[str, Any]) -> Form:
     return Form(record["sparsity"], pruned, kinds, bits / total if total else 0.0)
 
 
-def whole_kind(record: Mapping[str, Any]) -> Literal["", "members", "blocks"]:
+def whole_kind(record: Mapping[str, Any]) -> Literal["", "members", "blocks", "experts"]:
     """What left as a whole, biases and all; nothing where single weights went."""
-    from tawny.patterns import Blocks, Members, parse_pattern  # which bring torch along
+    from tawny.patterns import Blocks, Experts, Members, parse_pattern  # which bring torch along
 
     pattern = parse_pattern(record["recipe"]["pattern"])
+    if isinstance(pattern, Experts):
+        return "experts"
     return "blocks" if isinstance(pattern, Blocks) else "members" if isinstance(pattern, Members) else ""
 
 
@@ -68,6 +70,16 @@ def choice_of_blocks(record: Mapping[str, Any], mark: str = "") -> str:
     by_file = recipe["allocator"]["name"] == "file"
     who = "An allocation file" if by_file else f"{mark}{recipe['solver']['name']}{mark}"
     return f"{who} chose the {len(left)} of {len(blocks)} blocks that left"
+
+
+def choice_of_experts(record: Mapping[str, Any], mark: str = "") -> str:
+    """`reap chose the 16 of 128 experts that left`, with `mark` around a solver's name, and how they fared before."""
+    mixtures = record["experts"]
+    gone = sum(len(one["removed"]) for one in mixtures)
+    said = f"{mark}{record['recipe']['solver']['name']}{mark} chose the {gone} of {gone + sum(len(x['kept']) for x in mixtures)} experts that left"
+    chosen = sum(sum(one["chosen"]) for one in mixtures)
+    went = sum(one["chosen"][expert] for one in mixtures if one["chosen"] for expert in one["removed"])
+    return f"{said}, to which {percent(went / chosen)} of the choices fell" if chosen else said
 
 
 def samples_shown(text: Mapping[str, Any]) -> str:

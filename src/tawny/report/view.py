@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tawny.kinds import range_of
-from tawny.report.form import Form, choice_of_blocks, whole_kind
+from tawny.report.form import Form, choice_of_blocks, choice_of_experts, whole_kind
 from tawny.report.frames import Frame, table
 from tawny.words import begun, counted, duration, kl_text, percent, perplexity_text, quality_text, size
 
@@ -77,6 +77,9 @@ def summary(record: Mapping[str, Any], form: Form, *, recovered: bool, mark: str
     if whole_kind(record) == "blocks":
         how = choice_of_blocks(record, mark)
         how += f"; the others are{grid}" if grid else ""
+    elif whole_kind(record) == "experts":
+        how = choice_of_experts(record, mark)
+        zeros = f"{record['zeros']:,} of {record['prunable']:,} weights of experts were cut out ({percent(record['sparsity'])})"
     elif form.pruned:
         how = f"{allocator} shared the budget among {blocks} blocks, {solver} chose the weights"
         how += f" and solved the others{grid}" if grid else ""

@@ -24,6 +24,7 @@ from tawny.model.linears import Linear, states_of
 from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Samples
 from tawny.solvers.base import BlockSolver, Solver
+from tawny.solvers.experts import ExpertSolver
 from tawny.solvers.members import MemberSolver
 
 # What the interpreter holds with torch, transformers and a tokenizer, where it cannot be measured.
@@ -116,7 +117,7 @@ class Demand:
 
     stack: Stack
     by_block: Sequence[Sequence[Linear]]
-    solver: Solver | MemberSolver | BlockSolver
+    solver: Solver | MemberSolver | BlockSolver | ExpertSolver
     needs: Needs
     measuring: Measuring
     samples: int

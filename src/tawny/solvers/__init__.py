@@ -5,6 +5,7 @@ from __future__ import annotations
 from tawny.solvers.alps import Alps
 from tawny.solvers.base import BlockSolver, Needs, Solution, Solver, energy, reconstruction_error
 from tawny.solvers.divergence import Divergence
+from tawny.solvers.experts import ExpertSolver, Fisher, Frequency, Reap
 from tawny.solvers.flap import Flap
 from tawny.solvers.grid import Grid
 from tawny.solvers.influence import Influence
@@ -18,6 +19,7 @@ from tawny.solvers.wanda import Wanda
 
 __all__ = [
     "BLOCK_SOLVERS",
+    "EXPERT_SOLVERS",
     "MEMBER_SOLVERS",
     "RANK_SOLVERS",
     "RIA",
@@ -25,13 +27,17 @@ __all__ = [
     "Alps",
     "BlockSolver",
     "Divergence",
+    "ExpertSolver",
+    "Fisher",
     "Flap",
+    "Frequency",
     "Grid",
     "Influence",
     "Magnitude",
     "MemberSolver",
     "Needs",
     "Obs",
+    "Reap",
     "Solution",
     "Solver",
     "SparseGPT",
@@ -59,6 +65,14 @@ MEMBER_SOLVERS: dict[str, type[MemberSolver]] = {
 
 # Of whole blocks: which leave.
 BLOCK_SOLVERS: dict[str, type[BlockSolver]] = {"divergence": Divergence, "influence": Influence}
+
+# Of whole experts: which leave.
+EXPERT_SOLVERS: dict[str, type[ExpertSolver]] = {
+    "reap": Reap,
+    "fisher": Fisher,
+    "frequency": Frequency,
+    "magnitude": Magnitude,
+}
 
 # Of low rank; studies only, since nothing here stores the two factors.
 RANK_SOLVERS: dict[str, type[Solver]] = {"svd": Svd}

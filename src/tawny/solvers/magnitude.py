@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tawny.patterns import Pattern, Scope
 from tawny.solvers.base import MaskSolver, Needs, keep_highest, require_finite, sizes
+from tawny.solvers.experts import ExpertSolver, ExpertsSeen
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
 from tawny.solvers.output import roots
 
@@ -20,7 +21,7 @@ __all__ = ["Magnitude"]
 
 
 @dataclass(frozen=True)
-class Magnitude(MaskSolver, MemberSolver):
+class Magnitude(MaskSolver, MemberSolver, ExpertSolver):
     """The smallest weights of each matrix go; no data needed.
 
     Score |W_ij|, Han et al. 2015 (1506.02626).
@@ -47,3 +48,6 @@ class Magnitude(MaskSolver, MemberSolver):
             require_finite(producer.weight, "weight")
             scores_G += producer.weight.abs().sum(1, dtype=torch.float64)[producer.rows].sum(1)
         return chosen(coupled, scores_G, removed)
+
+    def expert_scores(self, seen: ExpertsSeen) -> Tensor:
+        return seen.sizes
