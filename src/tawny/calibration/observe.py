@@ -8,7 +8,7 @@ so each expert gets statistics of exactly the tokens that were routed to it.
 
 from __future__ import annotations
 
-__all__ = ["Input", "Observation", "Stage", "observe", "padding"]
+__all__ = ["Observation", "Stage", "observe"]
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

@@ -50,7 +50,7 @@ from tawny.model.identity import tensor_digest
 from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
 from tawny.packed.opening import loaded_bytes
-from tawny.process_group import started_by_torchrun
+from tawny.process_group import refuse_several
 from tawny.progress import Progress, silent
 from tawny.pruning.prepare import Job
 from tawny.pruning.session import (
@@ -129,8 +129,7 @@ def fit(
         raise ModelError(
             "fit writes a packed folder from a checkpoint: save the live model and give its folder"
         )
-    if started_by_torchrun():
-        raise RecipeError("a fit works in one process, and torchrun started several: run it with one")
+    refuse_several("a fit")
     target = Target.of(size, bits, speed, ram, context)
     named, given = text_or_tokens(calibration)
     of_recipe, own = own_keys({**named, **keys}, "fit")
