@@ -155,8 +155,12 @@ def test_another_size_takes_what_was_measured(dense, fitted, tmp_path, monkeypat
     monkeypatch.setattr(module, "measure", None)  # would be called
     again = tawny.fit(dense, tmp_path / "again", bits=9, measured=dense.parent / "fitted", **KEYS)
     assert again.finalists == fitted.finalists
+    other = tawny.fit(
+        dense, tmp_path / "other", bits=9, measured=dense.parent / "fitted", **{**KEYS, "solver": "alps"}
+    )
+    assert other.linears == fitted.linears and other.recipe["solver"]["name"] == "alps"
     refused = {
-        "differs in recipe": {"seed": 1},
+        "differs in the recipe's seed": {"seed": 1},
         "differs in held-out text": {
             "fit.deciding": 4
         },  # of tokens that are given, others are kept back then

@@ -110,7 +110,8 @@ def fit(
         recipe: of the pruning: solver, calibration, seed. Sparsity, values and allocator are what is chosen.
         settings: what finalists are judged by; `keys` override single entries of both (`**{"fit.deciding": 16}`).
         memory: peak memory of the whole process that may not be passed.
-        measured: the folder or GGUF file of an earlier fit of the same model, recipe and text to another size; what it measured is taken.
+        measured: the folder or GGUF file of an earlier fit of the same model, recipe and text, to another size or by another solver; what it
+            measured is taken.
         to: `packed` for a folder, `gguf` for one file for llama.cpp, Ollama and LM Studio; its card and what was measured lie beside it.
             `compressed-tensors` for a folder for vLLM, SGLang and transformers; linears that these multiply as one get one kind.
         quick: round by best scales under the energy of inputs, and solve nothing: sooner, and farther from the dense model.

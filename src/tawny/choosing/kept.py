@@ -71,14 +71,21 @@ def read_measured(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def _apart(of: Mapping[str, Any]) -> dict[str, Any]:
+    """What measures are of, each key of the recipe by itself, and without the solver: nothing is solved for them."""
+    of = dict(of)
+    recipe = of.pop("recipe", None) or {}
+    return of | {f"the recipe's {key}": value for key, value in recipe.items() if key != "solver"}
+
+
 def take_measured(journal: Journal, earlier: Mapping[str, Any], of: Mapping[str, Any]) -> None:
     """Measure nothing again.
 
     Raises:
         RecipeError: it was measured of something else.
     """
-    plain = json.loads(json.dumps(of))
-    differing = [key for key, value in plain.items() if earlier["of"].get(key) != value]
+    plain, own = (_apart(json.loads(json.dumps(each))) for each in (of, earlier["of"]))
+    differing = [key for key, value in plain.items() if own.get(key) != value]
     if differing:
         raise RecipeError(
             f"what was measured belongs to another fit, which differs in {' and '.join(differing)}: use that one's model, "
