@@ -102,7 +102,10 @@ def test_cut_checkpoint_gives_the_logits_of_the_model_without_these_experts(fami
     expected = logits_without(model, gone, ids)
     assert record.sparsity == pytest.approx(0.25)
     assert len({len(one["removed"]) for one in record.experts}) == 1
-    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in cut.parameters())
+    assert parameters == record.parameters < sum(p.numel() for p in model.parameters())
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert f"`{solver}` chose the" in card and f"the model has {parameters:,} parameters" in card
     torch.testing.assert_close(cut(ids).logits, expected, atol=2e-4, rtol=2e-4)
     assert not torch.allclose(expected, model(ids).logits, atol=1e-2)
 

@@ -15,6 +15,7 @@ from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.errors import UserError
 from tawny.kinds import KINDS, names_of, solved_kind
 from tawny.process_group import speaks
+from tawny.report.form import choice_of_experts
 from tawny.report.frames import Frame, Result, facts, parts
 from tawny.report.view import quality
 from tawny.words import duration, percent, size
@@ -153,6 +154,8 @@ def record_tables(record: Result) -> list[Frame]:
         ("time", f"{duration(total)}{parts(seconds, 'total', duration)}"),
         ("peak memory", size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")),
     ]
+    if record.get("experts"):
+        rows.insert(1, ("experts", choice_of_experts(record)))
     if refined := record.get("refined"):
         better = sum(block["best_epoch"] > 0 for block in refined)
         left = [block["after"] / block["before"] for block in refined if block["before"] > 0]

@@ -360,6 +360,7 @@ def describe_cut(session: Session, probe: Stream) -> None:
     given = {PROBE: Samples(inputs, seqlen=probe.samples.seqlen)}
     ends = walk(Run.unkept(silent), result, given, [Advance(PROBE)], ends=given)
     computed = result.output(inputs, ends[PROBE].hidden[0])[0].float()
+    session.record.parameters = sum(p.numel() for p in result.model.parameters())
     apart = float((computed - expected).norm() / expected.norm())
     if not apart <= (_CLOSE if job.recipe.dtype is None else _ROUNDED):
         raise ModelError(
