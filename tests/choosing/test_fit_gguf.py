@@ -221,3 +221,16 @@ def test_experts_of_a_tensor_get_one_type(tmp_path):
     for tensor in fused:
         assert {GGUF_KINDS[kind].type for name, kind in experts.items() if tensor in name} == {types[tensor]}
     assert fitted.bytes == (tmp_path / "small.gguf").stat().st_size <= fitted.budget
+
+
+def test_a_plan_knows_the_file(fitted, model, run):
+    folder, whole = model
+    kept = {"solver": "sparsegpt", "calibration.seqlen": 24, "calibration.samples": 24}
+    plan = tawny.plan_fit(folder, bits=4.6, to="gguf", template=whole, measured=fitted[1], **kept)
+    best = min(fitted[0].finalists, key=lambda row: row["expected"])
+    assert (plan.chosen["bytes"], plan.expected) == (best["planned"], best["expected"])
+    assert plan.budget == fitted[0].budget and {row["kind"] for row in plan.kinds} == set(GGUF_KINDS)
+    small = {row["kind"]: row["bytes"] for row in plan.kinds}
+    assert small["q2_k"] < small["q4_k"] < small["q8_0"] and plan.smallest <= small["q2_k"]
+    code, out, err = run("plan", folder, "--bits", 4.6, "--to", "gguf", "--template", whole, "--json")
+    assert code == 0 and json.loads(out)["settings"]["to"] == "gguf", err

@@ -32,7 +32,7 @@ from tawny.choosing.demand import FitDemand, asked_windows
 from tawny.choosing.divergence import Scorer
 from tawny.choosing.finalists import apart, judge_all
 from tawny.choosing.fitted import Fitted, tell
-from tawny.choosing.forms import FORMS
+from tawny.choosing.forms import FORMS, check_aim
 from tawny.choosing.kept import REACTIONS, Measured, keep_measured, read_measured, take_measured
 from tawny.choosing.limit import Room, Target, check_target, room_for
 from tawny.choosing.measuring import ASKING, ask, few_bits, measure, probes_bytes, react, react_ends
@@ -137,10 +137,7 @@ def fit(
     form = {"to": to, "quick": quick, "kinds": kinds, "template": None if template is None else str(template)}
     own |= {key: value for key, value in form.items() if value is not None}
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
-    if settings.to == "compressed-tensors" and (target.speed or target.ram):
-        raise RecipeError(
-            "speed and ram are those of Tawny's own decoder: give --size or --bits with --to compressed-tensors"
-        )
+    check_aim(settings, target)
     earlier = None if measured is None else read_measured(Path(measured))
     with open_session(
         recipe,
@@ -218,7 +215,8 @@ def _fit(
     job, journal, place = session.job, session.run.journal, session.place
     assert place is not None
     form = FORMS[settings.to]
-    room = _room(session, target, form.sizes(session, settings))
+    sizes = form.sizes(job, settings, place.steps, session.run.progress)
+    room = _room(session, target, sizes)
     samples, asked, searched, deciding = _split(session, settings)
     of = {key: journal.identity.get(key) for key in ("recipe", "model", "text")}
     of |= {"held-out text": tensor_digest(searched.tokens).hexdigest(), **form.version}

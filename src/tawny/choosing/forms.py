@@ -5,7 +5,7 @@ Each is made, weighed and delivered here; a new one is an entry of FORMS.
 
 from __future__ import annotations
 
-__all__ = ["FORMS", "Form"]
+__all__ = ["FORMS", "Form", "check_aim"]
 
 import hashlib
 import json
@@ -19,6 +19,7 @@ from tawny.choosing.fitted import Fitted
 from tawny.choosing.fitted import deliver as deliver_packed
 from tawny.choosing.gguf_card import gguf_card
 from tawny.choosing.gguf_size import GGUFSize, kinds_named
+from tawny.choosing.limit import Target
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings
 from tawny.choosing.sizes import Sizes
@@ -65,7 +66,13 @@ class Form(Protocol):
         """
         ...
 
-    def sizes(self, session: Session, settings: FitSettings) -> Sizes: ...
+    def sizes(self, job: Job, settings: FitSettings, work: Path, progress: Progress) -> Sizes:
+        """What models take.
+
+        Args:
+            work: folder for a file that is made to know it.
+        """
+        ...
 
     def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
         """Prune the source, unless that is done; returns the bytes of the files that it becomes.
@@ -93,8 +100,8 @@ class Packed(Form):
     def known(self, settings: FitSettings, job: Job) -> Sizes | None:
         return PackedSize(job)
 
-    def sizes(self, session: Session, settings: FitSettings) -> Sizes:
-        return PackedSize(session.job)
+    def sizes(self, job: Job, settings: FitSettings, work: Path, progress: Progress) -> Sizes:
+        return PackedSize(job)
 
     def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
         if not folder.exists():
@@ -126,8 +133,8 @@ class GGUF(Form):
         check_widths([linear for group in job.by_block for linear in group])
         return None
 
-    def sizes(self, session: Session, settings: FitSettings) -> Sizes:
-        return GGUFSize(session.job, _template(session, settings), _types_named(settings))
+    def sizes(self, job: Job, settings: FitSettings, work: Path, progress: Progress) -> Sizes:
+        return GGUFSize(job, _template(job, settings, work, progress), _types_named(settings))
 
     def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
         assert isinstance(sizes, GGUFSize)
@@ -163,10 +170,10 @@ class CompressedTensors(Form):
         kinds = kinds_named(settings.kinds, kinds_of(job), "kinds for GPUs, and that of the weights,")
         return CompressedSize(job, kinds, fused(job.stack))
 
-    def sizes(self, session: Session, settings: FitSettings) -> Sizes:
-        for line in off_tiles(session.job):
-            session.run.progress.say(line)
-        sizes = self.known(settings, session.job)
+    def sizes(self, job: Job, settings: FitSettings, work: Path, progress: Progress) -> Sizes:
+        for line in off_tiles(job):
+            progress.say(line)
+        sizes = self.known(settings, job)
         assert sizes is not None
         return sizes
 
@@ -180,6 +187,14 @@ class CompressedTensors(Form):
 
     def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
         deliver_packed(session, fitted, folder.with_suffix(".tensors"), measured)
+
+
+def check_aim(settings: FitSettings, target: Target) -> None:
+    """Refuse a speed or a memory of a format that Tawny's decoder does not read."""
+    if settings.to == TARGET and (target.speed or target.ram):
+        raise RecipeError(
+            "speed and ram are those of Tawny's own decoder: give --size or --bits with --to compressed-tensors"
+        )
 
 
 FORMS: dict[str, Form] = {"packed": Packed(), "gguf": GGUF(), TARGET: CompressedTensors()}
@@ -201,10 +216,9 @@ def _template_named(settings: FitSettings) -> Path | None:
     return given
 
 
-def _template(session: Session, settings: FitSettings) -> Template:
+def _template(job: Job, settings: FitSettings, work: Path, progress: Progress) -> Template:
     """The file whose keys are kept: the one that was named, the source itself, or one that is made of it."""
-    job, place, progress = session.job, session.place, session.run.progress
-    assert place is not None and job.folder is not None
+    assert job.folder is not None
     matrices, named = Matrices.of(job.folder), _template_named(settings)
 
     def found(path: Path) -> Template:
@@ -216,7 +230,7 @@ def _template(session: Session, settings: FitSettings) -> Template:
     if own is not None:
         with suppress(ModelError):  # it is quantised itself
             return found(own)
-    made = place.steps / "template.gguf"
+    made = work / "template.gguf"
     if not made.exists():
         try:
             export_gguf(job.source, made, progress=progress)

@@ -1,6 +1,6 @@
 """`tawny plan MODEL --size …`: what a fit would make and take, before anything is measured.
 
-Sizes are those that packing makes. Which linear gets which kind is not known before the measuring, so the kinds that are shown
+Sizes are those of the files. Which linear gets which kind is not known before the measuring, so the kinds that are shown
 are chosen as if every weight mattered alike, with the errors that bits and zeros cost SmolLM2-135M (docs/log/fit.md); from the
 folder of an earlier fit they are those that it measured. Times are estimates from shapes, as for `prune`.
 """
@@ -9,23 +9,24 @@ from __future__ import annotations
 
 __all__ = ["FitPlan", "plan_fit"]
 
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tawny.choosing.demand import FitDemand, asked_windows, role_of
+from tawny.choosing.forms import FORMS, check_aim
 from tawny.choosing.kept import Measured, read_measured
-from tawny.choosing.level import KINDS_TRIED, SPARSITIES, Level, Measures
+from tawny.choosing.level import PROBE, SPARSITIES, Level, Measures
 from tawny.choosing.limit import Target, room_for, smallest
 from tawny.choosing.measuring import few_bits, probes_bytes
 from tawny.choosing.pace import measured_pace
-from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
 from tawny.choosing.sizes import Sizes
 from tawny.choosing.table import Finalist, Table
 from tawny.errors import RecipeError
-from tawny.kinds import KINDS
+from tawny.kinds import solved_kind
 from tawny.model.context import check_context
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
@@ -91,6 +92,9 @@ def plan_fit(
     settings: FitSettings | None = None,
     memory: str | int | None = None,
     measured: str | Path | None = None,
+    to: str | None = None,
+    kinds: str | None = None,
+    template: str | Path | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
     **keys: Any,
@@ -105,14 +109,15 @@ def plan_fit(
     """
     target = Target.of(size, bits, speed, ram, context)
     of_recipe, own = own_keys(keys, "fit")
+    form = {"to": to, "kinds": kinds, "template": None if template is None else str(template)}
+    own |= {key: value for key, value in form.items() if value is not None}
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
     known = None if measured is None else Measured.kept_in(read_measured(Path(measured)))
     job = prepare(recipe, source, progress, recipe.device)
-    if settings.to != "packed":
-        raise RecipeError(
-            "a plan knows what a packed folder takes, not a GGUF file: leave --to out, or run the fit"
-        )
-    room = room_for(job, target, PackedSize(job), lambda: measured_pace(job.linears, progress))
+    check_aim(settings, target)
+    with tempfile.TemporaryDirectory() as work:
+        sizes = FORMS[settings.to].sizes(job, settings, Path(work), progress)
+        room = room_for(job, target, sizes, lambda: measured_pace(job.linears, progress))
     if known is not None and set(known.measures) != {x.name for x in job.linears}:
         raise RecipeError(f"what {measured} holds was measured of another model than {source}")
     table = Table(job, room, known or _alike(job, room.sizes))
@@ -137,14 +142,14 @@ def plan_fit(
         asked=asdict(target),
         budget=room.file_bytes,
         smallest=int(smallest(job, room.sizes, room.sizes)),
-        kinds=[_kind(table, kind) for kind in KINDS_TRIED],
+        kinds=[_kind(table, kind) for kind in sizes.kinds],
         chosen=_chosen(job, room.sizes, best),
         expected=None if known is None else best.expected,
         assumes="" if room.pace is None else room.pace.told(),
         finalists=[each.name for each in finalists],
         memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
         disk={"peak": disk, "packed": best.bytes},
-        seconds=_seconds(job, load, settings, len(finalists), measured is not None),
+        seconds=_seconds(job, load, settings, len(finalists), len(sizes.every_end), measured is not None),
         notes=[*notices(job, load.samples * load.seqlen), *notes, *filter(None, [few_bits(job)])],
     )
 
@@ -152,19 +157,20 @@ def plan_fit(
 def _alike(job: Job, sizes: Sizes) -> Measured:
     """As if every weight mattered alike."""
     zeros = {str(share): _ZEROS[share] for share in SPARSITIES if share}
-    bits = {kind: KINDS[kind].error for kind in KINDS_TRIED}
+    bits = {kind: solved_kind(kind).error for kind in (*sizes.every, *sizes.every_end, PROBE)}
     measures = {x.name: Measures(bits, zeros, 0, False) for x in job.linears}
     head, embedding = (
-        {kind: bits[kind] * numel for kind in KINDS_TRIED} if numel else {}
+        {kind: bits[kind] * numel for kind in sizes.every_end} if numel else {}
         for numel in (sizes.head_numel, sizes.embedding_numel)
     )
-    reactions = {x.name: bits["int4"] * x.numel for x in job.linears}
+    reactions = {x.name: bits[PROBE] * x.numel for x in job.linears}
     return Measured(measures, reactions, head, embedding)
 
 
 def _kind(table: Table, kind: str) -> dict[str, Any]:
-    """A model of one kind."""
-    head = kind if kind in table.heads else None
+    """A model of one kind, its head in that or the one of most nearly as many bits."""
+    bits = solved_kind(kind).bits
+    head = min(table.room.sizes.ends, key=lambda end: abs(solved_kind(end).bits - bits), default=None)
     uniform = table.finalist("", dict.fromkeys((x.name for x in table.linears), Level(0.0, kind)), None, head)
     return {"kind": kind, "bytes": uniform.bytes, "fits": uniform.takes <= table.room.budget}
 
@@ -185,26 +191,29 @@ def _chosen(job: Job, sizes: Sizes, best: Finalist) -> dict[str, Any]:
         "head": head,
         "embedding": embedding,
         "rest": sizes.rest,
-        "kinds": {kind: shares[kind] / total for kind in KINDS if shares[kind]},
+        "kinds": {kind: shares[kind] / total for kind in sizes.kinds if shares[kind]},
         "zeros": zeros / total,
         "head_kind": best.head,
         "embedding_kind": best.embedding or best.head if sizes.embedding else None,
     }
 
 
-def _seconds(job: Job, load: Load, settings: FitSettings, finalists: int, measured: bool) -> dict[str, float]:
+def _seconds(
+    job: Job, load: Load, settings: FitSettings, finalists: int, ends: int, measured: bool
+) -> dict[str, float]:
     """Of asking the output, measuring, reactions, and pruning and comparing finalists."""
     prune = seconds_of(job, load)
     forward = forward_seconds(job.stack)
     asked, length = asked_windows(settings, load.samples, load.seqlen)
+    read = asked * length / (load.samples * load.seqlen)  # of the calibration
     # Linears of a role at their probes, and the embedding in each kind.
-    models = len({role_of(x.name) for x in job.linears}) + len(KINDS_TRIED)
+    models = len({role_of(x.name) for x in job.linears}) + ends
     reactions = settings.windows * length * forward * models
     judge = 2 * settings.deciding * length * forward
     numel = sum(x.numel for x in job.linears)
     seconds = {
         "output": 0.0 if measured else 4 * asked * length * forward,
-        "levels": 0.0 if measured else prune["forward"] + prune["statistics"] + _ROUNDING * numel,
+        "levels": 0.0 if measured else read * (prune["forward"] + prune["statistics"]) + _ROUNDING * numel,
         "reactions": 0.0 if measured else reactions,
         "refining": settings.seconds or 0.0,
         "finalists": (finalists + (settings.seconds is not None))

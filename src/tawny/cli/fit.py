@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import RECIPE, Aim, Memory, Model, Out, StartOver, option, path_named
+from tawny.cli.options import RECIPE, Aim, Memory, Model, Out, StartOver, option
 from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
 from tawny.report.frames import Result, Shown, facts, parts
 from tawny.report.view import finalists, fit_facts
@@ -33,24 +31,6 @@ def fit(
     quick: bool = option(
         "--quick", "Round by best scales and solve nothing: sooner, with a higher KL.", RECIPE, default=False
     ),
-    to: str = option(
-        "--to TARGET",
-        "packed, a folder for Tawny's own decoder; gguf, one file for llama.cpp, Ollama and LM Studio; compressed-tensors, a folder for vLLM, "
-        "SGLang and transformers.",
-        RECIPE,
-        default="packed",
-    ),
-    kinds: str | None = option(
-        "--kinds LIST",
-        "Of gguf: the types that tensors may get, such as q4_k,q5_k,q6_k; of compressed-tensors w4, w8 or bf16, as it is. Default: all.",
-        RECIPE,
-    ),
-    template: Path | None = option(
-        "--template FILE",
-        "Of gguf: whole file of the model, of any architecture, whose keys and other tensors are kept.",
-        RECIPE,
-        parser=path_named,
-    ),
     out: Out,
     memory: Memory = None,
     overwrite: StartOver = False,
@@ -63,9 +43,6 @@ def fit(
     named = {
         "budget": budget,
         "quick": quick or None,
-        "to": to,
-        "kinds": kinds,
-        "template": template and str(template),
     }
     own = {key: value for key, value in named.items() if value is not None} | own
     with console.progress() as progress:

@@ -162,3 +162,29 @@ class Aim:
             parser=path_named,
         ),
     ] = None
+    to: Annotated[
+        str | None,
+        shared(
+            "--to TARGET",
+            "packed (default), a folder for Tawny's own decoder; gguf, one file for llama.cpp, Ollama and LM Studio; compressed-tensors, a folder "
+            "for vLLM, SGLang and transformers.",
+            RECIPE,
+        ),
+    ] = None
+    kinds: Annotated[
+        str | None,
+        shared(
+            "--kinds LIST",
+            "Of gguf: the types that tensors may get, such as q4_k,q5_k,q6_k; of compressed-tensors w4, w8 or bf16, as it is. Default: all.",
+            RECIPE,
+        ),
+    ] = None
+    template: Annotated[
+        Path | None,
+        shared(
+            "--template FILE",
+            "Of gguf: whole file of the model, of any architecture, whose keys and other tensors are kept.",
+            RECIPE,
+            parser=path_named,
+        ),
+    ] = None

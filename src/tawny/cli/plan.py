@@ -16,7 +16,7 @@ from tawny.words import duration, percent, size
 @recipe_verb(
     "tawny plan smollm2 -s 0.7",
     "tawny plan ./model -c owl-sparsegpt-70 --memory 6GB",
-    "tawny plan ./model --size 700MB --json",
+    "tawny plan ./model --size 700MB --to gguf",
 )
 def plan(
     model: Model,
@@ -44,7 +44,7 @@ def plan(
 
 def fit_plan_tables(plan: Result) -> list[Frame]:
     """Sizes by kind, and what would be chosen and taken."""
-    kinds = table("all linears and head in", "size", "", title=f"{plan['source']}, packed")
+    kinds = table("all linears and head in", "size", "", title=f"{plan['source']}, {plan['settings']['to']}")
     for row in plan["kinds"]:
         kinds.add(row["kind"], size(row["bytes"]), "fits" if row["fits"] else "too large")
     chosen, seconds, disk = plan["chosen"], plan["seconds"], plan["disk"]
