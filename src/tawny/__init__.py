@@ -25,6 +25,7 @@ __all__ = [
     "Generation",
     "Inspection",
     "Latency",
+    "Loops",
     "Perplexity",
     "Piece",
     "Plan",
@@ -57,6 +58,7 @@ __all__ = [
     "latency",
     "load",
     "load_recipe",
+    "loops",
     "merge_adapter",
     "pack",
     "pack_linear",
@@ -92,6 +94,7 @@ _NAMES = {
     "tawny.evaluation.features": "Features features",
     "tawny.evaluation.inspection": "Inspection inspect",
     "tawny.evaluation.latency": "Latency latency",
+    "tawny.evaluation.loops": "Loops loops",
     "tawny.evaluation.perplexity": "Perplexity evaluate",
     "tawny.evaluation.tasks": "TaskResults evaluate_tasks",
     "tawny.exporting.run": "export",
@@ -132,6 +135,7 @@ if TYPE_CHECKING:
     from tawny.evaluation.features import Features, features
     from tawny.evaluation.inspection import Inspection, inspect
     from tawny.evaluation.latency import Latency, latency
+    from tawny.evaluation.loops import Loops, loops
     from tawny.evaluation.perplexity import Perplexity, evaluate
     from tawny.evaluation.tasks import TaskResults, evaluate_tasks
     from tawny.exporting.run import export

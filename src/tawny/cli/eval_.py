@@ -141,6 +141,12 @@ def eval_(
         "features are from this model's.",
         TEXT,
     ),
+    loops: bool = option(
+        "--loops",
+        "Instead: how many of 64 greedy continuations of the text end in a loop, beside those of --against.",
+        TEXT,
+        default=False,
+    ),
     strict: bool = option(
         "--strict", "Refuse a picture that cannot be read instead of skipping it.", TEXT, default=False
     ),
@@ -154,6 +160,8 @@ def eval_(
     tasks, labels = asked.tasks, asked.labels
     on_text = bool(text) or labels is not None or against is not None or tasks is None
     window = {"--windows": windows, "--seqlen": seqlen, "--stride": stride, "--strict": strict or None}
+    if loops and (given := [name for name, value in {**window, "--tasks": tasks}.items() if value]):
+        raise RecipeError(f"--loops continues a text and measures nothing else: leave {given[0]} out")
     keys = asked.checked(on_text, window)
     # Before a perplexity that a task without documents would throw away.
     if tasks is not None and on_text:
@@ -163,6 +171,10 @@ def eval_(
     measured: dict[str, Any] = {}
     with console.progress() as progress:
         keys["progress"] = progress
+        if loops:
+            how = {key: keys[key] for key in ("compute", "device", "progress")}
+            measured = tawny.loops(model, text or [DEFAULT_TEXT], against=against, **how).to_dict()
+            return console.result(measured, loops_tables)
         if on_text and _shows_pictures(model, text, labels, strict, against is not None):
             _check_encoder(model, stride, asked.bos, seqlen if labels is not None else None)
             shown = {**keys, "samples": windows, "strict": strict}
@@ -268,6 +280,23 @@ def evaluation_tables(result: Result) -> list[Frame]:
     tables += accuracy_tables(result["accuracy"]) if "accuracy" in result else []
     tables += features_tables(result["features"]) if "features" in result else []
     return tables + (tasks_tables(result["tasks"]) if "tasks" in result else [])
+
+
+def loops_tables(result: Result) -> list[Frame]:
+    """How often a model repeats itself, and beside it its dense model."""
+    rows = [("in a loop", f"{result['looped']} of {result['prompts']} continuations")]
+    if result["dense"] is not None:
+        rows.append(("dense model", f"{result['dense']} ({result['against']})"))
+    rows += [("repeats", repr(passage)) for passage in result["passages"]]
+    rows += [
+        (
+            "continued",
+            f"{result['tokens']} tokens, each the most likely one, from windows of {result['text']}",
+        ),
+        ("computed in", result["compute"]),
+        ("time", duration(result["seconds"])),
+    ]
+    return [facts(rows)]
 
 
 def accuracy_tables(result: Result) -> list[Frame]:
