@@ -30,7 +30,7 @@ from tawny.report.plot import plot_allocations
 from tawny.words import share_text
 
 SPARSITY = 0.5
-QUESTION = "What is an owl?"
+QUESTION = "What is the capital of France?"
 # OWL asks nothing of the model's output.
 OWL = {"allocator": "owl", "solver": "sparsegpt", "output": "none"}
 
