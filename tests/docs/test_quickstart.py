@@ -68,7 +68,11 @@ def test_the_demo_works_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo", *options.split()])
     demo["main"]()
     shown = capsys.readouterr().out
-    assert shown.count("same next token") == 3 and "finalist" in shown and "What is the capital of France?" in shown
+    assert (
+        shown.count("same next token") == 3
+        and "finalist" in shown
+        and "What is the capital of France?" in shown
+    )
     made = {path.name for path in (tmp_path / "demo-out").iterdir()}
     assert made == {"outliers.svg", "owl", "felt", "fitted"}
     assert (

@@ -131,11 +131,13 @@ class BlockGrid(Grid):
 
     def codes(self, W_OI: Tensor, state_OS: Tensor) -> Tensor:
         """uint8 `[out, in]`: the places of the nearest levels."""
-        levels = torch.tensor(self.kind.levels, dtype=torch.float32)
+        levels, low = torch.tensor(self.kind.levels, dtype=torch.float32), self.kind.levels[0]
         made_OI = torch.empty(W_OI.shape, dtype=torch.uint8)
         for part in cached_parts(*W_OI.shape):
             level_PSJ = self._level(self._cut(W_OI[part]), *_scale_and_offset(state_OS[part]))
-            made_OI[part] = torch.bucketize(level_PSJ.flatten(1), levels).to(torch.uint8)
+            level_PI = level_PSJ.flatten(1)
+            places_PI = level_PI.sub_(low) if self._every else torch.bucketize(level_PI, levels)
+            made_OI[part] = places_PI.to(torch.uint8)
         return made_OI
 
     def _cut(self, W_OI: Tensor) -> Tensor:
@@ -146,9 +148,14 @@ class BlockGrid(Grid):
         weights = like_OI.new_ones(1, like_OI.shape[1]) if weights_I is None else weights_I[None]
         return self._cut(weights if keep_OI is None else weights * keep_OI)
 
+    @property
+    def _every(self) -> bool:
+        """Levels are all integers of a range."""
+        return self.kind.levels[-1] - self.kind.levels[0] == len(self.kind.levels) - 1
+
     def _nearest(self, ratio: Tensor) -> Tensor:
         levels = self.kind.levels
-        if levels[-1] - levels[0] == len(levels) - 1:
+        if self._every:
             return ratio.round_().clamp_(levels[0], levels[-1])
         return self._scaled.nearest(ratio)
 
