@@ -234,3 +234,5 @@ def test_a_plan_knows_the_file(fitted, model, run):
     assert small["q2_k"] < small["q4_k"] < small["q8_0"] and plan.smallest <= small["q2_k"]
     code, out, err = run("plan", folder, "--bits", 4.6, "--to", "gguf", "--template", whole, "--json")
     assert code == 0 and json.loads(out)["settings"]["to"] == "gguf", err
+    code, _, err = run("plan", folder, "--bits", 4.6, "--to", "gguf")
+    assert code == 2 and "give --template" in err and err.count("\n") == 1

@@ -66,11 +66,14 @@ class Form(Protocol):
         """
         ...
 
-    def sizes(self, job: Job, settings: FitSettings, work: Path, progress: Progress) -> Sizes:
+    def sizes(self, job: Job, settings: FitSettings, work: Path | None, progress: Progress) -> Sizes:
         """What models take.
 
         Args:
-            work: folder for a file that is made to know it.
+            work: folder for a file that is made to know it; None where nothing may be written.
+
+        Raises:
+            ModelError: it takes such a file.
         """
         ...
 
@@ -100,7 +103,7 @@ class Packed(Form):
     def known(self, settings: FitSettings, job: Job) -> Sizes | None:
         return PackedSize(job)
 
-    def sizes(self, job: Job, settings: FitSettings, work: Path, progress: Progress) -> Sizes:
+    def sizes(self, job: Job, settings: FitSettings, work: Path | None, progress: Progress) -> Sizes:
         return PackedSize(job)
 
     def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
@@ -133,7 +136,7 @@ class GGUF(Form):
         check_widths([linear for group in job.by_block for linear in group])
         return None
 
-    def sizes(self, job: Job, settings: FitSettings, work: Path, progress: Progress) -> Sizes:
+    def sizes(self, job: Job, settings: FitSettings, work: Path | None, progress: Progress) -> Sizes:
         return GGUFSize(job, _template(job, settings, work, progress), _types_named(settings))
 
     def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
@@ -170,7 +173,7 @@ class CompressedTensors(Form):
         kinds = kinds_named(settings.kinds, kinds_of(job), "kinds for GPUs, and that of the weights,")
         return CompressedSize(job, kinds, fused(job.stack))
 
-    def sizes(self, job: Job, settings: FitSettings, work: Path, progress: Progress) -> Sizes:
+    def sizes(self, job: Job, settings: FitSettings, work: Path | None, progress: Progress) -> Sizes:
         for line in off_tiles(job):
             progress.say(line)
         sizes = self.known(settings, job)
@@ -216,7 +219,7 @@ def _template_named(settings: FitSettings) -> Path | None:
     return given
 
 
-def _template(job: Job, settings: FitSettings, work: Path, progress: Progress) -> Template:
+def _template(job: Job, settings: FitSettings, work: Path | None, progress: Progress) -> Template:
     """The file whose keys are kept: the one that was named, the source itself, or one that is made of it."""
     assert job.folder is not None
     matrices, named = Matrices.of(job.folder), _template_named(settings)
@@ -230,6 +233,10 @@ def _template(job: Job, settings: FitSettings, work: Path, progress: Progress) -
     if own is not None:
         with suppress(ModelError):  # it is quantised itself
             return found(own)
+    if work is None:
+        raise ModelError(
+            "what a GGUF file takes is read from a whole one of the model: give --template with it"
+        )
     made = work / "template.gguf"
     if not made.exists():
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = ["FitPlan", "plan_fit"]
 
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,9 +114,8 @@ def plan_fit(
     known = None if measured is None else Measured.kept_in(read_measured(Path(measured)))
     job = prepare(recipe, source, progress, recipe.device)
     check_aim(settings, target)
-    with tempfile.TemporaryDirectory() as work:
-        sizes = FORMS[settings.to].sizes(job, settings, Path(work), progress)
-        room = room_for(job, target, sizes, lambda: measured_pace(job.linears, progress))
+    sizes = FORMS[settings.to].sizes(job, settings, None, progress)
+    room = room_for(job, target, sizes, lambda: measured_pace(job.linears, progress))
     if known is not None and set(known.measures) != {x.name for x in job.linears}:
         raise RecipeError(f"what {measured} holds was measured of another model than {source}")
     table = Table(job, room, known or _alike(job, room.sizes))
