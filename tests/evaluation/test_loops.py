@@ -10,6 +10,7 @@ import torch
 import tawny
 from tawny.errors import RecipeError
 from tawny.evaluation.loops import ENDS, PASSAGE, repeated
+from tests.encoders import tiny_encoder
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -67,5 +68,9 @@ def test_loops_are_counted_beside_the_dense_model(models, run):
 def test_too_few_tokens_and_options_of_a_perplexity_are_refused(models, run):
     with pytest.raises(RecipeError, match="3 tokens: expected 1 of 64, or more"):
         tawny.loops(models / "same", str(models / "plain.txt"), tokens=3)
-    code, _, err = run("eval", models / "same", "--loops", "--windows", 3)
-    assert code == 2 and "--windows" in err
+    for option in (("--windows", 3), ("--labels", "folder"), ("--no-bos",)):
+        code, _, err = run("eval", models / "same", "--loops", *option)
+        assert code == 2 and option[0] in err and "leave" in err and err.count("\n") == 1
+    tiny_encoder("bert").save_pretrained(models / "encoder")
+    code, _, err = run("eval", models / "encoder", "--text", models / "plain.txt", "--loops")
+    assert code == 2 and "predicts no next token" in err.splitlines()[-1]

@@ -160,8 +160,10 @@ def eval_(
     tasks, labels = asked.tasks, asked.labels
     on_text = bool(text) or labels is not None or against is not None or tasks is None
     window = {"--windows": windows, "--seqlen": seqlen, "--stride": stride, "--strict": strict or None}
-    if loops and (given := [name for name, value in {**window, "--tasks": tasks}.items() if value]):
-        raise RecipeError(f"--loops continues a text and measures nothing else: leave {given[0]} out")
+    if loops:
+        others = {**window, "--bos and --no-bos": asked.bos, "--tasks": tasks, "--labels": labels}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise RecipeError(f"--loops continues a text and measures nothing else: leave {given[0]} out")
     keys = asked.checked(on_text, window)
     # Before a perplexity that a task without documents would throw away.
     if tasks is not None and on_text:

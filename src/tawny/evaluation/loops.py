@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tawny.calibration.mixture import Texts
-from tawny.errors import RecipeError
+from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.perplexity import windows_of
-from tawny.evaluation.sources import shared_tokenizer
+from tawny.evaluation.sources import reads_on, shared_tokenizer
 from tawny.model.context import check_context
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
@@ -97,6 +97,9 @@ def loops(
     """
     if tokens < ENDS or prompts < 1:
         raise RecipeError(f"{prompts} continuations of {tokens} tokens: expected 1 of {ENDS}, or more")
+    for each in (source, against):
+        if each is not None and not reads_on(each):
+            raise ModelError(f"{each} predicts no next token, so it continues no text: give a language model")
     begun = time.perf_counter()
     folders = [resolve(each, progress.say) for each in (source, against) if each is not None]
     tokenizer, dtype = shared_tokenizer(folders), compute_dtype(compute, device)
