@@ -73,8 +73,9 @@ def test_channels_are_kept_up_to_a_multiple_and_nothing_else_changes(tmp_path, r
     report = json.loads(out)
     assert code == 0 and [x["intermediate_size"] for x in report["widths"]] == [128, 128], err
     assert report["same_widths"] and torch.allclose(logits(tmp_path / "slim"), logits(source), atol=1e-5)
-    code, _, err = run("slim", source, "--out", tmp_path / "none", "--multiple", 0)
-    assert code == 2 and "--multiple" in err
+    for number, says in ((0, "--multiple"), (1000, "give a smaller --multiple")):
+        code, _, err = run("slim", source, "--out", tmp_path / "none", "--multiple", number)
+        assert code == 2 and says in err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

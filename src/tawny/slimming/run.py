@@ -179,6 +179,10 @@ def _cut(
     assert checkpoint is not None
     cut = _Cut(stack, output, multiple)
     computed = _computed(stack, cut, progress, "cutting")
+    if not cut.removed and not cut.dropped and multiple > 1:
+        raise ModelError(
+            f"{source} has no block that a multiple of {multiple} channels makes smaller: give a smaller --multiple, or prune more of it"
+        )
     if not cut.removed and not cut.dropped:
         raise ModelError(
             f"{source} holds no channel, head or block that is zero as a whole ({cut.zeros:,} of its weights are zero, one by one): "
