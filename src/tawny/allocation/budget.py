@@ -119,6 +119,17 @@ class _Unit:
         return self.size / self.members
 
 
+def _of_couplings(
+    wish: Mapping[str, float], profile: Profile, sizes: Mapping[str, int], target: float
+) -> dict[str, float]:
+    """What is wished for the linears of each coupling together."""
+    raw = dict.fromkeys(sizes, 0.0)
+    for linear in profile.linears:
+        raw[linear.coupling] += wish[linear.name] * linear.numel / sizes[linear.coupling]
+    _check(raw, target, 0.0, 1.0)
+    return raw
+
+
 def whole_members(wish: Mapping[str, float], profile: Profile, target: float) -> Allocation:
     """Turn wishes for linears into whole members of their couplings, each of which keeps at least one.
 
@@ -141,10 +152,7 @@ def whole_members(wish: Mapping[str, float], profile: Profile, target: float) ->
             f"sparsity {target:g} leaves nothing of some couplings ({least.name} has {least.members} members and keeps one); the "
             f"most that is possible is {math.floor(reach * 1e4) / 1e4:g}"
         )
-    raw = dict.fromkeys(sizes, 0.0)
-    for linear in profile.linears:
-        raw[linear.coupling] += wish[linear.name] * linear.numel / sizes[linear.coupling]
-    _check(raw, target, 0.0, 1.0)
+    raw = _of_couplings(wish, profile, sizes, target)
     share = _shift({name: round(value, 12) for name, value in raw.items()}, sizes, target, 0.0, most)
     removed = _rounded(units, share, across_blocks=False)
     apart = abs(sum(removed[unit.name] * unit.cost for unit in units) - target * total)
@@ -176,10 +184,7 @@ def whole_experts(
             f"sparsity {target:g} leaves {least.name} fewer than {limits[least.name][1]} of {least.members} experts, which its router "
             f"needs to pick from; the most that is possible is {math.floor(reach * 1e4) / 1e4:g}"
         )
-    raw = dict.fromkeys(sizes, 0.0)
-    for linear in profile.linears:
-        raw[linear.coupling] += wish[linear.name] * linear.numel / sizes[linear.coupling]
-    _check(raw, target, 0.0, 1.0)
+    raw = _of_couplings(wish, profile, sizes, target)
     share = _shift({name: round(value, 9) for name, value in raw.items()}, sizes, target, 0.0, most)
     # An allocator's wishes for equal linears differ by a weight: it rounds to whole ones.
     alike = max(share.values()) - min(share.values()) <= 4 / min(x.numel for x in profile.linears)
