@@ -204,3 +204,20 @@ def test_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     record = tawny.prune(tmp_path / "dense", tmp_path / "cut", **keys)
     assert record.resumed == 1 and calls == [0, 1, 1, 2]
     assert record.files == whole.files and record.experts == whole.experts
+
+
+def test_what_is_left_learns_from_the_dense_model(tmp_path):
+    saved("mixtral", tmp_path / "dense")
+    keys = {"pattern": "experts", "sparsity": 0.25, "compute": "float32", "calibration": tokens()}
+    record = tawny.prune(tmp_path / "dense", tmp_path / "cut", **keys)
+    how = {"text": tokens(24), "seqlen": 24, "tokens": 24 * 4 * 3, "batch": 4, "kl": 1, "lr": 1e-3}
+    told = tawny.recover(
+        tmp_path / "cut", tmp_path / "dense", tmp_path / "out", held_out=tokens(24)[:4], **how
+    )
+    assert told.best["kl"] < told.start["kl"] and told.zeros == told.zeros_before == 0
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["sparsity"] == record.sparsity and run["experts"] == record.experts
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert sum(p.numel() for p in made.parameters()) == record.parameters
+    with pytest.raises(UserError, match="no sparsity to keep"):
+        tawny.recover(tmp_path / "dense", tmp_path / "cut", tmp_path / "no", **how)

@@ -112,7 +112,9 @@ def _open(request: RecoveryRequest, ending: ExitStack) -> Training:
     settings = Recovery.make(
         settings, seqlen=reading.seqlen, lr=SEEING_RATE if slow else settings.rate_for(width)
     )
-    student = Student(stack, settings, request.kinds)
+    # Whole experts may have left, and no zero with them.
+    smaller = teacher_stack is not None and _weights(stack) < _weights(teacher_stack)
+    student = Student(stack, settings, request.kinds, smaller=smaller)
     ending.callback(student.close)
     check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
     _tell_memory(student, settings, request.progress)
@@ -123,6 +125,10 @@ def _open(request: RecoveryRequest, ending: ExitStack) -> Training:
     training.shelve()
     ending.push(lambda _, error, __: training.give_up(error))
     return training
+
+
+def _weights(stack: Stack) -> int:
+    return sum(parameter.numel() for parameter in stack.model.parameters())
 
 
 def _tell_memory(student: Student, settings: Recovery, progress: Progress) -> None:

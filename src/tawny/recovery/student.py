@@ -29,10 +29,19 @@ class Student:
         kinds: of linears that are trained through the grid of their own kind, where `settings` name none for all.
 
     Raises:
-        ModelError: it has no zeros, and neither is a control nor brought to some sparsity or to values of few bits.
+        ModelError: it has no zeros, and neither is a control, nor `smaller` than its teacher, nor brought to some sparsity or to
+            values of few bits.
     """
 
-    def __init__(self, stack: Stack, settings: Recovery, kinds: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        settings: Recovery,
+        kinds: Mapping[str, str] | None = None,
+        *,
+        smaller: bool = False,
+    ) -> None:
+        self.smaller = smaller
         self.stack, self.settings, self.kinds = stack, settings, kinds or {}
         self.coordinates: list[Coordinates] = []
         self.linears: list[Linear] = []
@@ -65,7 +74,8 @@ class Student:
         stack.stored = {}
         self._cover_small(dict(self._small_outside()))
         self.prunable = sum(linear.numel for linear in self.linears)
-        if self.sparsity < LEAST_SPARSITY and not (settings.control or settings.values or self.kinds):
+        few = self.sparsity < LEAST_SPARSITY
+        if few and not (self.smaller or settings.control or settings.values or self.kinds):
             raise ModelError(
                 f"only {self.sparsity:.2%} of the model's prunable weights are zero, so there is no sparsity to keep: prune it "
                 "first (tawny prune); -o control=true trains a dense model to compare with"

@@ -165,8 +165,8 @@ def check_teacher(student: Stack, teacher: Stack) -> None:
         ours, other = (getattr(config, key, None) for config in (mine, theirs))
         if ours != other:
             raise ModelError(f"the teacher has {what} {other}, the pruned model {ours}; {expected}")
-    linears, others = (
-        {linear.name: linear.shape for i in range(len(s)) for linear in s.linears(i)}
+    linears, others = (  # of experts the teacher may have more
+        {x.name if x.expert is None else x.key: x.shape for i in range(len(s)) for x in s.linears(i)}
         for s in (student, teacher)
     )
     if linears != others:

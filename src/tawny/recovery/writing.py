@@ -34,6 +34,7 @@ from tawny.recovery.methods import METHODS
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.student import Student
 from tawny.report.card import CARD, front_matter, model_card, packed_note
+from tawny.report.form import whole_kind
 from tawny.report.view import recovery_words
 from tawny.run.writer import CheckpointWriter
 
@@ -170,11 +171,13 @@ def tell_run(
     if off_grid:
         run["rounded"] = {key: kind for key, kind in (run.get("rounded") or {}).items() if key != "values"}
     run["files"], run["bytes"], run["out"] = weight_files(folder), record.bytes, record.out
-    for entry in run.get("linears", []):
+    # Experts that are left have other numbers than in the source, and what left stays away.
+    linears = [] if whole_kind(run) == "experts" else run.get("linears", [])
+    for entry in linears:
         if entry["name"] in zeros:
             entry["zeros"] = zeros[entry["name"]]
             entry["sparsity"] = entry["zeros"] / math.prod(entry["shape"])
-    if run.get("linears"):
+    if linears:
         # Of those that pruning chose; training knows all of the model's.
         run["zeros"] = sum(entry["zeros"] for entry in run["linears"])
         run["sparsity"] = run["zeros"] / max(1, run["prunable"])
