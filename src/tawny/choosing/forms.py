@@ -18,7 +18,7 @@ from tawny.choosing.compressed_size import CompressedSize, kinds_of
 from tawny.choosing.fitted import Fitted
 from tawny.choosing.fitted import deliver as deliver_packed
 from tawny.choosing.gguf_card import gguf_card
-from tawny.choosing.gguf_size import GGUFSize, kinds_named
+from tawny.choosing.gguf_size import GGUFSize, fit_widths, kinds_named
 from tawny.choosing.limit import Target
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings
@@ -37,7 +37,7 @@ from tawny.packed import format
 from tawny.packed.folder import INDEX
 from tawny.progress import Progress
 from tawny.pruning.packing import prune_and_pack
-from tawny.pruning.prepare import Job, check_widths, off_tiles
+from tawny.pruning.prepare import Job, off_tiles
 from tawny.pruning.run import prune
 from tawny.pruning.session import Session
 from tawny.record import finite
@@ -133,7 +133,7 @@ class GGUF(Form):
     def known(self, settings: FitSettings, job: Job) -> Sizes | None:
         _types_named(settings)
         _template_named(settings)
-        check_widths([linear for group in job.by_block for linear in group])
+        fit_widths(job)
         return None
 
     def sizes(self, job: Job, settings: FitSettings, work: Path | None, progress: Progress) -> Sizes:

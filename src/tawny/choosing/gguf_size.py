@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["GGUFSize", "kinds_named"]
+__all__ = ["GGUFSize", "fit_widths", "kinds_named"]
 
 from collections.abc import Sequence
 from typing import final
@@ -39,6 +39,13 @@ def kinds_named(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
     return tuple(name for name in known if name in named)
 
 
+def fit_widths(job: Job) -> None:
+    """Refuse a model of which no GGUF file can be fitted."""
+    check_widths(
+        [x for group in job.by_block for x in group], "fit it to another target, such as --to packed"
+    )
+
+
 @final
 class GGUFSize(Sizes):
     """Bytes of the file that a fit writes, by what its linears and its ends become. Nothing is removed: no reader skips zeros.
@@ -54,8 +61,7 @@ class GGUFSize(Sizes):
     sparsities = (0.0,)
 
     def __init__(self, job: Job, template: Template, kinds: tuple[str, ...]) -> None:
-        linears = [linear for group in job.by_block for linear in group]
-        check_widths(linears)
+        fit_widths(job)
         model = job.stack.model
         outside, inside, tied = ends_of(model)
         self.template, self.kinds, self.together = template, kinds, template.alike

@@ -278,13 +278,12 @@ def _mixtures(stack: Stack, by_block: Sequence[Sequence[Linear]]) -> list[Mixtur
     return mixtures
 
 
-def check_widths(linears: Sequence[Linear]) -> None:
-    """Refuse a linear that no type of GGUF files takes."""
+def check_widths(linears: Sequence[Linear], instead: str = "leave it out (-o exclude=…)") -> None:
+    """Refuse a linear that no type of GGUF files takes, and say what to do `instead`."""
     for linear in linears:
         if not fitting("q8_0", linear.shape[1]):
             raise RecipeError(
-                f"{linear.name} has {linear.shape[1]} columns, and types of GGUF files take multiples of 32: leave it out "
-                "(-o exclude=…)"
+                f"{linear.name} has {linear.shape[1]} columns, and types of GGUF files take multiples of 32: {instead}"
             )
 
 
