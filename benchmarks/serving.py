@@ -2,16 +2,15 @@
 
     python benchmarks/serving.py                     # both shapes, all variants
     python benchmarks/serving.py --shape smollm2 --rounds 3
-    python benchmarks/serving.py --shape 1.1b --llama-python ENVIRONMENT/bin/python
+    python benchmarks/serving.py --shape 1.1b --llama BUILD/bin/llama-server
     python benchmarks/serving.py --quick             # every path on a tiny shape: nothing kept
 
 Each variant is a server in a process of its own, asked over HTTP from this one. All are open at once and take turns in every
 round, so that a noisy neighbour falls on all of them. `served` is what all requests receive together while every one of
 them is between its first and its last token. `bare` is the same number of sequences in the same process without HTTP,
-scheduler, sampler and text. `llama.cpp` decodes so many sequences in one batch with `llama_decode`, if the interpreter of
-`--llama-python` can import `llama_cpp`; its model is the 1.1b shape in Q8_0 and Q4_0.
+scheduler, sampler and text. llama.cpp's own server (`--llama`) serves the 1.1b shape in its types and has the same client.
 
-Time to first token is that of a 512-token prompt, new to the server (`cold`) and then once more (`cached`).
+Time to first token is that of a prompt of `--prompt` tokens, new to the server (`cold`) and then once more (`cached`).
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ import contextlib
 import http.client
 import json
 import random
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -37,9 +38,13 @@ CELLS = {
     "dense bf16": Cell("dense bf16"),
     "packed bf16": Cell("packed bf16", 0.7, values="bf16"),
     "packed int8": Cell("packed int8", 0.7, values="int8"),
+    "int4": Cell("int4", 0.0, values="int4", head="int8", group=32),
+    "int3": Cell("int3", 0.0, values="int3", head="int8", group=64),
 }
+RANDOM = ("int4", "int3")  # only shapes of random weights
+PEERS = ("Q8_0", "Q4_0", "Q3_K_M")
 COUNTS = (1, 2, 4, 8, 16)
-PROMPT = 512  # tokens, for the time to the first token
+CONTEXT = 3072
 SHORT = 16  # tokens of the other prompts
 
 
@@ -74,7 +79,7 @@ def serve(shape: str, variant: str, folder: Path, threads: int) -> None:
     )
     tokenizer.eos_token = None
     with tawny.serve(
-        model, tokenizer=tokenizer, name="model", max_sequences=max(COUNTS), context=1024, threads=threads
+        model, tokenizer=tokenizer, name="model", max_sequences=max(COUNTS), context=CONTEXT, threads=threads
     ) as server:
         print(json.dumps({"address": server.address.removeprefix("http://")}), flush=True)
         bare = Bare(model)
@@ -96,7 +101,7 @@ class Bare:
 
         with opening.ready(self.model) as lock, lock, torch.inference_mode():
             if self.sequences is None:
-                self.sequences = Sequences(self.model, 1024, max(COUNTS))
+                self.sequences = Sequences(self.model, CONTEXT, max(COUNTS))
             held = {}
             for number in range(count):
                 one = self.sequences.begin(torch.arange(SHORT) + number)
@@ -110,6 +115,39 @@ class Bare:
             for one in held:
                 self.sequences.end(one)
         return count * tokens / seconds
+
+
+class Peer:
+    """llama.cpp's server of a file."""
+
+    def __init__(self, program: Path, file: Path, threads: int) -> None:
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        slots = ("-np", max(COUNTS), "-c", CONTEXT * max(COUNTS))
+        command = [program, "-m", file, "--port", port, "-t", threads, "-ngl", 0, "--ignore-eos", *slots]
+        self.process = subprocess.Popen(
+            [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while self.status() != 200:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{program} ended with exit code {self.process.returncode}")
+            time.sleep(0.2)
+
+    def status(self) -> int:
+        """What the server says of its health; 0 before it listens."""
+        connection = http.client.HTTPConnection(self.address, timeout=10)
+        with contextlib.closing(connection):
+            try:
+                connection.request("GET", "/health")
+            except OSError:
+                return 0
+            return connection.getresponse().status
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
 
 
 # --- the client ----------------------------------------------------------------------------------------------------------
@@ -147,9 +185,9 @@ def served(address: str, count: int, tokens: int, words: int, chance: random.Ran
     return sum(begin < at <= end for times in found for at in times) / (end - begin)
 
 
-def first_tokens(address: str, words: int, chance: random.Random) -> tuple[float, float]:
+def first_tokens(address: str, length: int, words: int, chance: random.Random) -> tuple[float, float]:
     """Seconds to the first token of a new prompt, and of the same prompt again."""
-    prompt = [chance.randrange(words) for _ in range(PROMPT)]
+    prompt = [chance.randrange(words) for _ in range(length)]
     cold, cached = (stream(address, prompt, 2) for _ in range(2))
     return cold[1][0] - cold[0], cached[1][0] - cached[0]
 
@@ -161,55 +199,53 @@ def measure(shape: str, options: argparse.Namespace, folder: Path) -> list[dict[
     words = {"smollm2": 49152, "quick": TINY["vocab_size"]}.get(shape) or SHAPES[shape]["vocab_size"]
     chance = random.Random(0)
     with contextlib.ExitStack() as stack:
-        servers, peers = {}, {}
-        for variant in CELLS:
-            made = Child(sys.executable, __file__, "--child", shape, variant, folder, options.threads)
-            servers[variant] = stack.enter_context(contextlib.closing(made))
-        if options.llama_python and shape == "1.1b":
+        children = {}
+        addresses = {}
+        for variant in options.variant or CELLS:
+            if shape == "smollm2" and variant in RANDOM:
+                continue
+            child = Child(sys.executable, __file__, "--child", shape, variant, folder, options.threads)
+            children[variant] = stack.enter_context(contextlib.closing(child))
+            addresses[variant] = child.first["address"]
+        if options.llama and shape == "1.1b":
             from shapes import SHAPES as LLAMAS
             from shapes import write_gguf
 
-            for kind in ("Q8_0", "Q4_0"):
+            for kind in PEERS:
                 path = folder / f"{shape}-{kind}.gguf"
                 if not path.exists():
                     write_gguf(path, LLAMAS[shape], kind)
-                batch = Path(__file__).with_name("llama_batch.py")
-                made = Child(
-                    options.llama_python, batch, path, options.threads, SHORT, options.tokens, max(COUNTS)
-                )
-                peers[f"llama.cpp {kind}"] = stack.enter_context(contextlib.closing(made))
-        rows = {
-            (name, count): {"served": [], "bare": []}
-            for name in (*servers, *peers)
-            for count in options.count
+                peer = stack.enter_context(contextlib.closing(Peer(options.llama, path, options.threads)))
+                addresses[f"llama.cpp {kind}"] = peer.address
+        rows: dict[tuple[str, int], dict[str, list[float]]] = {
+            (name, count): {"served": [], "bare": []} for name in addresses for count in options.count
         }
-        firsts: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
+        firsts: dict[str, list[tuple[float, float]]] = {name: [] for name in addresses}
         for number in range(options.rounds + 1):  # the first warms up
             for count in options.count:
-                for name, server in servers.items():
+                for name, address in addresses.items():
                     row = rows[name, count]
-                    row["served"].append(
-                        served(server.first["address"], count, options.tokens, words, chance)
-                    )
-                    row["bare"].append(server.ask(f"{count} {options.tokens}"))
-                for name, peer in peers.items():
-                    rows[name, count]["bare"].append(peer.ask(f"{count}"))
-            for name, server in servers.items():
-                firsts[name].append(first_tokens(server.first["address"], words, chance))
+                    row["served"].append(served(address, count, options.tokens, words, chance))
+                    if name in children:
+                        row["bare"].append(children[name].ask(f"{count} {options.tokens}"))
+            for name, address in addresses.items():
+                firsts[name].append(first_tokens(address, options.prompt, words, chance))
             print(f"{shape}: round {number} of {options.rounds}", file=sys.stderr, flush=True)
-        memory = {name: server.ask("") for name, server in servers.items()}
-    common = {"shape": shape, "threads": options.threads, "rounds": options.rounds, "tokens": options.tokens}
+        memory = {name: child.ask("") for name, child in children.items()}
+    names = ("threads", "rounds", "tokens", "prompt")
+    common = {"shape": shape} | {name: getattr(options, name) for name in names}
     made_rows = []
     for (name, count), row in rows.items():
         found: dict[str, Any] = common | {"variant": name, "requests": count}
         for key, values in row.items():
             if values:
                 found[f"{key}_tokens_per_second"], found[f"{key}_quartiles"] = spread(values[1:])
-        if name in servers and count == 1:
+        if count == min(options.count):
             for key, seconds in zip(("cold", "cached"), zip(*firsts[name][1:], strict=True), strict=True):
                 middle, quartiles = spread(seconds, 4)
                 found |= {f"first_token_{key}_seconds": middle, f"first_token_{key}_quartiles": quartiles}
-            found["resident_bytes"] = memory[name]
+            if name in memory:
+                found["resident_bytes"] = memory[name]
         made_rows.append(found)
     return made_rows
 
@@ -222,11 +258,11 @@ def show(rows: list[dict[str, Any]]) -> None:
             for key in ("served", "bare")
             if f"{key}_quartiles" in row
         ]
-        if "resident_bytes" in row:
+        if "first_token_cold_seconds" in row:
             cold, cached = row["first_token_cold_seconds"], row["first_token_cached_seconds"]
-            cells.append(
-                f"first token {cold:.3f} s, cached {cached:.3f} s, {row['resident_bytes'] / 1e9:.2f} GB"
-            )
+            cells.append(f"first token {cold:.3f} s, cached {cached:.3f} s")
+        if "resident_bytes" in row:
+            cells.append(f"{row['resident_bytes'] / 1e9:.2f} GB")
         print("  ".join(cells))
 
 
@@ -240,7 +276,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measured, after one to warm up")
     parser.add_argument("--count", type=int, nargs="+", choices=COUNTS, default=COUNTS, help="of requests")
     parser.add_argument("--folder", type=Path, help="where models are kept between runs")
-    parser.add_argument("--llama-python", help="an interpreter that can import llama_cpp")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens, for the time to the first one")
+    parser.add_argument("--variant", action="append", choices=list(CELLS), help="repeatable; default: all")
+    parser.add_argument("--llama", type=Path, help="llama.cpp's llama-server")
     parser.add_argument("--quick", action="store_true", help="a tiny shape; nothing is kept")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -248,15 +286,16 @@ def main() -> None:
         shape, variant, folder, threads = options.child
         return serve(shape, variant, Path(folder), int(threads))
     if options.quick:
-        options.tokens, options.rounds = 8, 1
+        options.tokens, options.rounds, options.prompt = 8, 1, 64
     from tawny.kernels.native import kernel_name
 
     with tempfile.TemporaryDirectory(prefix="tawny-serving-") as temporary:
         folder = options.folder or Path(temporary)
         for shape in ["quick"] if options.quick else options.shape or ["smollm2", "1.1b"]:
             if shape == "smollm2":  # here, so that no measured process has pruned anything
-                for cell in CELLS.values():
-                    real_folder(cell, folder)
+                for name, cell in CELLS.items():
+                    if name not in RANDOM:
+                        real_folder(cell, folder)
             rows = measure(shape, options, folder)
             show(rows)
             if options.quick:

@@ -292,26 +292,25 @@ def serving(result: Mapping[str, Any]) -> str:
         rows = [row for row in result["measurements"] if row["shape"] == shape]
         lines += [
             f"{SHAPE_NAMES[shape]}, {rows[0]['threads']} threads, medians of {rows[0]['rounds']} rounds:\n",
-            "| | requests | served, tokens/s | without HTTP | × one request | first token of a 512-token prompt | again |",
+            "| | requests | served, tokens/s | without HTTP | × one request | first token of a prompt | again |",
             "|---|---|---|---|---|---|---|",
         ]
-        # llama.cpp is measured without a server.
+        # llama.cpp once was measured without a server.
         rate = {
-            (row["variant"], row["requests"]): row.get(
-                "served_tokens_per_second", row["bare_tokens_per_second"]
-            )
+            (row["variant"], row["requests"]): row.get("served_tokens_per_second")
+            or row["bare_tokens_per_second"]
             for row in rows
         }
         for row in rows:
             name, first = row["variant"], row.get("first_token_cold_seconds")
-            served = row.get("served_tokens_per_second")
+            served, bare = row.get("served_tokens_per_second"), row.get("bare_tokens_per_second")
             waits = (
                 "| | |" if first is None else f"| {first:.2f} s | {row['first_token_cached_seconds']:.2f} s |"
             )
             sparse = ", 70 %" if name.startswith("packed") else ""
             lines.append(
                 f"| {name}{sparse} | {row['requests']} | {'' if served is None else f'{served:.1f}'} "
-                f"| {row['bare_tokens_per_second']:.1f} "
+                f"| {'' if bare is None else f'{bare:.1f}'} "
                 f"| {rate[name, row['requests']] / rate[name, 1]:.2f} {waits}"
             )
         lines.append("")
