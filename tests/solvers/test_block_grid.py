@@ -9,6 +9,7 @@ from tawny.errors import UserError
 from tawny.gguf_kinds import GGUF_KINDS, GGUFKind, fitting
 from tawny.kinds import kind_of, solved_kind
 from tawny.patterns import NM, Unstructured
+from tawny.solvers import block_grid
 from tawny.solvers.alps import Alps
 from tawny.solvers.base import Solution, on_grid, reconstruction_error
 from tawny.solvers.block_grid import BlockGrid, grid_of
@@ -136,3 +137,17 @@ def test_names_are_told_apart():
         kind_of("q4_k")
     with pytest.raises(UserError, match="group 32 goes with int8 to int2 values"):
         solved_kind("q4_k", 32)
+
+
+def test_threads_that_share_the_rows_round_them_alike(monkeypatch):
+    torch.manual_seed(0)
+    W, weights, before = torch.randn(40, 256).bfloat16(), torch.rand(256), torch.get_num_threads()
+    wanted = block_grid.rounded(W, "q4_k", weights)
+    monkeypatch.setattr(block_grid, "_ROWS", 8)
+    try:
+        torch.set_num_threads(3)
+        values, rows = block_grid.rounded(W, "q4_k", weights)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(values, wanted[0]) and torch.equal(rows, wanted[1])

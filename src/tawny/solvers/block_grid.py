@@ -12,6 +12,7 @@ Shapes: O = out, I = in, S = groups, J = columns of a group, B = blocks, N = gro
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import final
 
@@ -288,12 +289,27 @@ def rounded(W_OI: Tensor, name: str, weights_I: Tensor | None = None) -> tuple[T
     kind = GGUF_KINDS[fitting(name, W_OI.shape[1])]
     grid, made_OI = BlockGrid(kind), torch.empty_like(W_OI)
     rows = torch.empty(len(W_OI), W_OI.shape[1] // kind.block * kind.bytes, dtype=torch.uint8)
-    for start in range(0, len(W_OI), _ROWS):
+
+    def round_rows(start: int) -> None:
         part = slice(start, start + _ROWS)
         values_PI = W_OI[part].float()
         state = grid.fit(values_PI, weights_I)
         values_PI = grid.project(values_PI, state)
         rows[part], made_OI[part] = grid.encoded(values_PI, state), values_PI.to(W_OI.dtype)
+
+    starts = range(0, len(W_OI), _ROWS)
+    threads = torch.get_num_threads()
+    if len(starts) == 1 or threads == 1 or W_OI.device.type != "cpu":
+        for start in starts:
+            round_rows(start)
+        return made_OI, rows
+    # The tensors of a part are too small to share, so each thread has rows of its own. A new thread has as many as are set now.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(round_rows, starts))
+    finally:
+        torch.set_num_threads(threads)
     return made_OI, rows
 
 
