@@ -68,7 +68,6 @@ __all__ = [
     "profile",
     "prune",
     "recover",
-    "recover_gradually",
     "search",
     "serve",
     "slim",
@@ -108,7 +107,6 @@ _NAMES = {
     "tawny.recipe.files": "load_recipe",
     "tawny.recipe.schema": "Recipe",
     "tawny.record": "Record",
-    "tawny.recovery.gradual": "recover_gradually",
     "tawny.recovery.record": "RecoveryRecord",
     "tawny.recovery.run": "recover",
     "tawny.recovery.settings": "Recovery",
@@ -149,7 +147,6 @@ if TYPE_CHECKING:
     from tawny.recipe.files import load_recipe
     from tawny.recipe.schema import Recipe
     from tawny.record import Record
-    from tawny.recovery.gradual import recover_gradually
     from tawny.recovery.record import RecoveryRecord
     from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery

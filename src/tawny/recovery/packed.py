@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_factors", "check_grid", "recover_packed", "several_kinds"]
+__all__ = ["check_grid", "recover_packed", "several_kinds"]
 
 import json
 from collections.abc import Iterable, Mapping
