@@ -13,7 +13,7 @@ Shapes: T = tokens, H = hidden, K = experts picked for a token, E = experts.
 
 from __future__ import annotations
 
-__all__ = ["Mixture", "Routed", "find_mixtures", "routed", "without"]
+__all__ = ["Mixture", "Routed", "find_mixtures", "real_tokens", "routed", "without"]
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -322,6 +322,14 @@ def _holds(mixture: Mixture, forward: _Forward) -> bool:
     left = seen[0]
     stayed = not bool(torch.isin(left.picked.cpu(), gone).any())
     return stayed and left.picked.shape == dense.picked.shape and bool(torch.isfinite(left.gates).all())
+
+
+def real_tokens(valid_BT: Tensor | None, one: Routed) -> Routed:
+    """A call without padding, where `valid_BT` is true of real tokens; None: nothing is padding."""
+    if valid_BT is None or valid_BT.numel() != len(one.tokens):
+        return one
+    rows = valid_BT.flatten().to(one.tokens.device)
+    return Routed(one.tokens[rows], one.picked[rows], one.gates[rows], one.output[rows])
 
 
 @contextlib.contextmanager

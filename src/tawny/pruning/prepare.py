@@ -29,7 +29,7 @@ from torch import nn
 
 from tawny.allocation.profile import Allocator, LinearInfo
 from tawny.calibration.output import Factor, most_felt
-from tawny.calibration.statistics import Needs
+from tawny.calibration.statistics import Needs, hessian_bytes
 from tawny.errors import ModelError, RecipeError
 from tawny.gguf_kinds import GGUF_KINDS, fitting
 from tawny.kinds import GPU_KINDS, dividing
@@ -40,6 +40,7 @@ from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.mixtures import Mixture, find_mixtures
 from tawny.model.source import resolve
 from tawny.model.stack import TOKENS, Stack, live_stack
+from tawny.model.streams import CHUNK_TOKENS
 from tawny.model.structure import adapters, input_of, predicts_tokens, staying_dense
 from tawny.packed.install import check_ends
 from tawny.packed.linear import PackedLinear
@@ -145,6 +146,8 @@ class Job:
     @property
     def needs(self) -> Needs:
         """What calibration has to yield for the solves."""
+        if self.mixtures:
+            return "norms" if self.recipe.refit else self.solver.needs
         return "hessian" if self.recipe.refit else self.solver.needs
 
     @property
@@ -390,6 +393,7 @@ def demand_of(job: Job, load: Load) -> Demand:
     """What pruning asks of memory."""
     wanted = job.needs_samples
     asks = (job.factor != "none" or (job.mixtures and job.expert_solver.asks_output)) and load.samples
+    felt = output_count(job.recipe, load.samples, load.seqlen) if asks else 0
     return Demand(
         job.stack,
         job.by_block,
@@ -400,12 +404,31 @@ def demand_of(job: Job, load: Load) -> Demand:
         seqlen=load.seqlen if wanted else 0,
         characters=load.characters if wanted else 0,
         profiled=profile_count(job.recipe, load.samples, load.seqlen) if wanted and load.samples else 0,
-        felt=output_count(job.recipe, load.samples, load.seqlen) if asks else 0,
+        felt=felt,
         factor=job.factor,
+        asked=_asking_bytes(job, felt * load.seqlen) if job.mixtures and felt else 0,
+        refitted=_refitting_bytes(job, load) if job.mixtures and job.recipe.refit else 0,
         refining=job.recipe.refine.epochs > 0,
         compared=_compared(job, load) if job.chooses_blocks else 0,
         alone=_walks_alone(job, load),
     )
+
+
+def _asking_bytes(job: Job, tokens: int) -> int:
+    """While experts of a block leave one by one: tokens, gradients, what each expert gives along them, and one chunk in float64."""
+    count = max(mixture.count for mixture in job.mixtures if mixture is not None)
+    hidden = job.stack.hidden_bytes
+    chunk = CHUNK_TOKENS * hidden * (2 + 16 // job.stack.compute.itemsize)
+    return tokens * (3 * hidden + 2 * 8 * count) + chunk
+
+
+def _refitting_bytes(job: Job, load: Load) -> int:
+    """While experts of a block are refitted: all tokens, what is missing in float32, and the normal equations of one expert."""
+    stack = job.stack
+    shapes = [linear.shape for linears in job.by_block for linear in linears]
+    width, numel = max(max(shape) for shape in shapes), max(rows * columns for rows, columns in shapes)
+    held = load.samples * load.seqlen * stack.hidden_bytes * (1 + 4 // stack.compute.itemsize)
+    return held + hessian_bytes(width) + 8 * width * width + 16 * numel + 16 * CHUNK_TOKENS * width
 
 
 def _walks_alone(job: Job, load: Load) -> bool:
