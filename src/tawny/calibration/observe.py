@@ -213,25 +213,14 @@ class _Watcher:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        handles = [
-            linear.module.register_forward_pre_hook(partial(self.module_called, linear), with_kwargs=True)
-            for linear in self.linears
-            if linear.expert is None
-        ]
-        fused = {
-            linear.key: Fused(linear.key, getattr(linear.module, linear.parameter), linear.transposed)
-            for linear in self.experts.values()
-        }
-        try:
-            with contextlib.ExitStack() as stack:
-                if fused:
-                    stack.enter_context(
-                        ExpertProducts(list(fused.values()), self.expert_called, self.experts_called)
-                    )
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as leaving:
+            for linear in self.linears:
+                if linear.expert is None:
+                    called = partial(self.module_called, linear)
+                    leaving.enter_context(linear.module.register_forward_pre_hook(called, with_kwargs=True))
+            if fused := Fused.of(self.linears):
+                leaving.enter_context(ExpertProducts(fused, self.expert_called, self.experts_called))
+            yield
 
 
 def _same_tensor(a: Tensor, version: int, b: Tensor) -> bool:

@@ -170,20 +170,13 @@ def watch_gradients(linears: Sequence[Linear], add: Mapping[str, Add], stream: S
             some = [experts.get((key, e)) for e in range(len(product))]
             _on_gradient(product, partial(count, some, True, x.detach()))
 
-    fused = {
-        x.key: Fused(x.key, getattr(x.module, x.parameter), x.transposed)
-        for x in linears
-        if x.expert is not None
-    }
     with contextlib.ExitStack() as leaving:
         for linear in linears:
             if linear.expert is None:
-                hook = linear.module.register_forward_hook(
-                    partial(called, add[linear.name]), with_kwargs=True
-                )
-                leaving.callback(hook.remove)
-        if fused:
-            leaving.enter_context(ExpertProducts(list(fused.values()), one, every))
+                hook = partial(called, add[linear.name])
+                leaving.enter_context(linear.module.register_forward_hook(hook, with_kwargs=True))
+        if fused := Fused.of(linears):
+            leaving.enter_context(ExpertProducts(fused, one, every))
         yield
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tawny.model.linears import Linear
+
 # Which axes of its second factor a product takes as inputs and outputs.
 _PRODUCTS: dict[Any, tuple[int, int]] = {
     nn.functional.linear: (-1, -2),
@@ -33,6 +35,12 @@ class Fused:
     key: str
     parameter: Tensor
     transposed: bool
+
+    @classmethod
+    def of(cls, linears: Sequence[Linear]) -> list[Fused]:
+        """The parameters that hold the experts among some linears, each once."""
+        experts = {x.key: x for x in linears if x.expert is not None}
+        return [cls(key, getattr(x.module, x.parameter), x.transposed) for key, x in experts.items()]
 
     def first(self, w: Tensor, inputs: int, outputs: int) -> int | None:
         """The first expert in `w`, which has its inputs and outputs on these axes; None if it is not one or all of these.

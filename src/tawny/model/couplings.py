@@ -240,15 +240,11 @@ class _Probe:
 
     @contextlib.contextmanager
     def _hooked(self, received: Callable[..., Any], made: Callable[..., Any]) -> Iterator[None]:
-        handles = []
-        for linear in self.linears:
-            handles.append(linear.module.register_forward_pre_hook(partial(received, linear)))
-            handles.append(linear.module.register_forward_hook(partial(made, linear)))
-        try:
+        with contextlib.ExitStack() as hooks:
+            for linear in self.linears:
+                hooks.enter_context(linear.module.register_forward_pre_hook(partial(received, linear)))
+                hooks.enter_context(linear.module.register_forward_hook(partial(made, linear)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _between(self, consumer: Linear, x: Tensor, leaves: Mapping[str, Tensor]) -> Coupling | None:
         """What the columns of one linear's input depend on, if it falls apart into members."""

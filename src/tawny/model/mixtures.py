@@ -17,7 +17,7 @@ __all__ = ["Mixture", "Routed", "find_mixtures", "real_tokens", "routed", "witho
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast, final
 
@@ -90,16 +90,14 @@ class Mixture:
             routes.append(self.given(args, kwargs)[1:])
             raise _Routed
 
-        hook = self.experts.register_forward_pre_hook(stop, with_kwargs=True)
+        stopping = self.experts.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with without(self, gone), contextlib.suppress(_Routed):
+            with stopping, without(self, gone), contextlib.suppress(_Routed):
                 self.owner(x_TH[None])
         except (TypeError, AttributeError, RuntimeError) as error:
             raise ModelError(
                 f"the router beside {self.name} does not take tokens alone ({first_line(error)}); choose --solver reap"
             ) from error
-        finally:
-            hook.remove()
         return routes[0]
 
     def each(self, seen: Routed) -> Tensor:
@@ -173,19 +171,7 @@ def _moved(stack: Stack, index: int, fused: Sequence[Linear], prefix: int, mixtu
     path = name + mixture.name[prefix:]
     owner, experts = stack.model.get_submodule(path.rpartition(".")[0]), fused[0].module
     tensors = tuple(name + key[prefix:] for key in mixture.tensors)
-    return Mixture(
-        path,
-        experts,
-        owner,
-        tuple(fused),
-        mixture.count,
-        mixture.picks,
-        mixture.groups,
-        mixture.least,
-        mixture.routers,
-        tensors,
-        mixture.roles,
-    )
+    return replace(mixture, name=path, experts=experts, owner=owner, linears=tuple(fused), tensors=tensors)
 
 
 def _found(stack: Stack, index: int, fused: Sequence[Linear], forward: _Forward) -> Mixture:
@@ -215,12 +201,10 @@ def _found(stack: Stack, index: int, fused: Sequence[Linear], forward: _Forward)
     }
     watch = _Watch(owner, count, {key: value for key, value in beside.items() if value.dim() == 2})
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
-    hook = experts.register_forward_hook(
+    noting = experts.register_forward_hook(
         lambda _, args, kwargs, output: calls.append((args, kwargs, output)), with_kwargs=True
     )
-    with contextlib.ExitStack() as leaving:
-        leaving.callback(hook.remove)
-        leaving.enter_context(watch.watching())
+    with noting, watch.watching():
         forward()
     if len(calls) != 1 or not isinstance(calls[0][2], Tensor):
         raise refusal("they are not called once a forward for a tensor")
@@ -263,15 +247,13 @@ def _decides(
 ) -> bool:
     """Whether the products of one weight have to do with which experts are picked, or with their gates."""
     seen: list[list[Tensor]] = []
-    hook = experts.register_forward_pre_hook(
+    noting = experts.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append([x for _, x in _given(args, kwargs)]), with_kwargs=True
     )
-    try:
+    with noting:
         forward()
         with _Watch(owner, count, weights, negated=key).watching():
             forward()
-    finally:
-        hook.remove()
     return any(not torch.equal(before, after) for before, after in zip(*seen, strict=True))
 
 
@@ -340,11 +322,8 @@ def routed(mixture: Mixture) -> Iterator[list[Routed]]:
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
         seen.append(Routed(*mixture.given(args, kwargs), output))
 
-    hook = mixture.experts.register_forward_hook(note, with_kwargs=True)
-    try:
+    with mixture.experts.register_forward_hook(note, with_kwargs=True):
         yield seen
-    finally:
-        hook.remove()
 
 
 @contextlib.contextmanager
@@ -376,14 +355,8 @@ class _Watch(TorchFunctionMode):
         negated: str = "",
     ) -> None:
         super().__init__()
-        self._owner, self._count, self.weights, self._gone, self._negated = (
-            owner,
-            count,
-            weights,
-            gone,
-            negated,
-        )
-        self._inside = False
+        self._owner, self._count, self.weights = owner, count, weights
+        self._gone, self._negated, self._inside = gone, negated, False
         self.routers: set[str] = set()
         self.groups, self.picked_groups, self.in_group = 1, 0, 1
 
@@ -395,16 +368,10 @@ class _Watch(TorchFunctionMode):
         def leave(*_: Any) -> None:
             self._inside = False
 
-        hooks = [
-            self._owner.register_forward_pre_hook(enter),
-            self._owner.register_forward_hook(leave, always_call=True),
-        ]
-        try:
-            with self:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        entering = self._owner.register_forward_pre_hook(enter)
+        leaving = self._owner.register_forward_hook(leave, always_call=True)
+        with entering, leaving, self:
+            yield
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -201,17 +201,14 @@ class Replay:
             raise _Stop
 
         head = head_of(self.model)
-        hook = None if head is None else head.register_forward_pre_hook(stop)
+        stopping = contextlib.nullcontext() if head is None else head.register_forward_pre_hook(stop)
         try:
-            with self._stand_ins(record), contextlib.suppress(_Stop):
+            with stopping, self._stand_ins(record), contextlib.suppress(_Stop):
                 self._call_model(inputs)
         except RuntimeError as error:
             if not seen or not _is_of_shapes(error):
                 raise
             raise _Misfit from error
-        finally:
-            if hook is not None:
-                hook.remove()
 
     def _in_order(self, seen: list[_Seen]) -> bool:
         """Whether all blocks ran in order, and each was given what entered its stack."""

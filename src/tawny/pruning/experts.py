@@ -159,12 +159,9 @@ class _Asking(Visitor):
                 self.seen.append((tokens.detach(), picked))
                 output.register_hook(self.gradients.append)  # type: ignore[no-untyped-call]
 
-        hook = mixture.experts.register_forward_hook(called, with_kwargs=True)
-        try:
+        with mixture.experts.register_forward_hook(called, with_kwargs=True):
             yield
-        finally:
-            hook.remove()
-            self.seen, self.gradients = [], []
+        self.seen, self.gradients = [], []
 
     def visit(self, block: Block) -> None:
         mixture, detail = self.job.mixtures[block.index], block.run.progress.detail

@@ -381,7 +381,7 @@ def place(demand: Demanding, budget: int | None, available: int | None = None) -
         return Placement(False, size, in_memory, smallest)
     if budget is None or smallest <= budget:
         return Placement(True, smallest, parts, smallest)
-    largest = sorted(parts.items(), key=_second)[:3]
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
     top = ", ".join(f"{k.replace('_', ' ')} {_gigabytes(v)}" for k, v in largest)
     asks = any(name == "factors" for name, _ in largest)
     fewer = "ask less of the output (-o output=rows)" if asks else "take fewer --samples"
@@ -393,10 +393,6 @@ def place(demand: Demanding, budget: int | None, available: int | None = None) -
 
 def _total(parts: Mapping[str, int]) -> int:
     return sum(parts.values())
-
-
-def _second(item: tuple[str, int]) -> int:
-    return -item[1]
 
 
 def _gigabytes(size: int) -> str:
