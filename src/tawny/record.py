@@ -122,6 +122,15 @@ class Record:
         return cls(**{**plain, "linears": [LinearRecord.from_dict(entry) for entry in plain["linears"]]})
 
 
+def record_in(folder: Path) -> dict[str, Any]:
+    """The `run.json` of a folder; empty where there is none, or one of another program, which may call its files so too."""
+    try:
+        plain = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return plain if isinstance(plain, dict) and "record_version" in plain else {}
+
+
 def finite(value: Any) -> Any:
     """The same with infinity and NaN as None: JSON has no word for them."""
     if isinstance(value, float):

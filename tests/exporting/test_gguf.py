@@ -340,7 +340,7 @@ def test_a_file_of_the_model_is_not_replaced_by_its_export(words, tmp_path):
     tawny.export(folder, made, tokenizer_from=words)
     mine = shutil.copy(words, tmp_path / "words.gguf")
     pruned = saved(tmp_path / "pruned", "llama")
-    (pruned / "run.json").write_text(json.dumps({"source": str(made)}))
+    (pruned / "run.json").write_text(json.dumps({"record_version": 1, "source": str(made)}))
     for source, out, tokenizer in (
         (folder, folder / "model.safetensors", mine),
         (made, made, mine),

@@ -356,7 +356,7 @@ def test_a_change_that_a_template_would_lose_is_refused(words, tmp_path):  # noq
     path = tmp_path / "whole.gguf"
     tawny.export(folder, path, tokenizer_from=words)
     changed = saved(tmp_path / "changed", "llama", num_hidden_layers=1)
-    (changed / "run.json").write_text(json.dumps({"source": str(folder)}))
+    (changed / "run.json").write_text(json.dumps({"record_version": 1, "source": str(folder)}))
     tawny.export(changed, tmp_path / "same.gguf", template=path)
     assert raw(tmp_path / "same.gguf") == raw(path)
     tensors = load_file(changed / "model.safetensors")
@@ -366,7 +366,7 @@ def test_a_change_that_a_template_would_lose_is_refused(words, tmp_path):  # noq
         ModelError, match=r"'model.norm.weight' of .*changed is not as in .*model, and a template"
     ):
         tawny.export(changed, tmp_path / "m.gguf", template=path)
-    (changed / "run.json").write_text(json.dumps({"source": str(tmp_path / "gone")}))
+    (changed / "run.json").write_text(json.dumps({"record_version": 1, "source": str(tmp_path / "gone")}))
     with pytest.raises(ModelError, match=r"was made from .*gone.* cannot be opened"):
         tawny.export(changed, tmp_path / "m.gguf", template=path)
 

@@ -31,7 +31,7 @@ from tawny.packed.format import scales_of
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress
 from tawny.pruning.prepare import check_groups
-from tawny.record import weight_files
+from tawny.record import record_in, weight_files
 from tawny.report.publish import refresh
 from tawny.run.writer import CheckpointWriter, written_at_once
 
@@ -115,9 +115,7 @@ def _schemes(ours: Matrices, folder: Path, type: str | None, group: int | None) 
 
 def _retell(output: CheckpointWriter, total: int, dense: int) -> None:
     """Record, card and page of what was solved, with the files that hold it now."""
-    path = output.folder / "run.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "record_version" in record:  # other programs call their files so too
+    if record := record_in(output.folder):
         record |= {"out": str(output.place.out), "bytes": total}
         record["packed"] = {"format": TARGET, "source_bytes": dense, "ratio": total / max(1, dense)}
         record["files"] = weight_files(output.folder)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 __all__ = ["ExportReport", "check_apart", "check_out", "origin"]
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tawny.errors import OutputError
 from tawny.model.source import gguf_behind
+from tawny.record import record_in
 from tawny.run.place import same_place
 
 
@@ -65,8 +65,5 @@ def check_apart(out: Path, folder: Path) -> None:
 
 def origin(folder: Path) -> Path | None:
     """The GGUF file that a pruned folder was made from, as its record says, if it is still there."""
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return gguf_behind(record["source"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    source = record_in(folder).get("source")
+    return gguf_behind(source) if isinstance(source, str) else None

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 __all__ = ["FLOATS", "TYPES", "Rounding", "floats", "known_type"]
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from tawny.exporting.template import Matrices, Payload, Rows, Template
 from tawny.gguf_kinds import ENCODED, GGUF_KINDS, GGUFKind, fitting
 from tawny.model.tensorfile import entries, read_tensor
 from tawny.progress import Progress
+from tawny.record import record_in
 from tawny.solvers.block_grid import rounded
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -298,10 +298,5 @@ def _decoded(rows: Rows, type: str) -> Tensor:
 
 def _asked(folder: Path) -> dict[str, str]:
     """The kinds of the embedding and the head that a pruned folder's recipe names."""
-    try:
-        values: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"][
-            "values"
-        ]
-        return {end: str(values[end]) for end in ("embedding", "head") if values[end] is not None}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    values = (record_in(folder).get("recipe") or {}).get("values") or {}
+    return {end: str(values[end]) for end in ("embedding", "head") if values.get(end) is not None}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 __all__ = ["export_through"]
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +16,7 @@ from tawny.exporting.rounding import Rounding, known_type
 from tawny.exporting.template import Matrices, Template
 from tawny.model.source import gguf_behind, resolve
 from tawny.progress import Progress, silent
+from tawny.record import record_in
 
 
 def export_through(
@@ -81,10 +80,8 @@ def _dense(folder: Path, say: Callable[[str], None]) -> Path:
     seen: list[Path] = []
     while folder not in seen:
         seen.append(folder)
-        try:
-            record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            source = str(record["source"])
-        except (OSError, ValueError, KeyError, TypeError):
+        source = record_in(folder).get("source")
+        if not isinstance(source, str):
             break
         try:
             folder = resolve(source, say)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.record import finite, weight_files
+from tawny.record import finite, record_in, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.methods import METHODS
 from tawny.recovery.record import RecoveryRecord
@@ -116,16 +116,16 @@ def card(record: RecoveryRecord, folder: Path | None, made: Path) -> str:
         return _section(record)
     # As `tawny prune` reads it: one wrong byte in a text is no reason to lose a training.
     old = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    run = _run_of(made)
-    if run is not None and is_made(folder):
+    run = record_in(made)
+    if run and is_made(folder):
         return model_card(run, front_matter(old))
     return f"{old.rstrip()}\n\n{_section(record)}"
 
 
 def is_made(folder: Path) -> bool:
     """Whether a folder's card is the one that Tawny makes from its `run.json`, and no person's."""
-    run = _run_of(folder)
-    if run is None or not (folder / CARD).is_file():
+    run = record_in(folder)
+    if not run or not (folder / CARD).is_file():
         return False
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     with suppress(KeyError, TypeError, ValueError):  # of a run.json that another version wrote
@@ -163,8 +163,8 @@ def tell_run(
         zeros: of every linear.
         off_grid: weights were trained past what packing had rounded them to.
     """
-    run = _run_of(folder)
-    if run is None:
+    run = record_in(folder)
+    if not run:
         return
     if off_grid:
         run["rounded"] = {key: kind for key, kind in (run.get("rounded") or {}).items() if key != "values"}
@@ -191,23 +191,15 @@ def retell(folder: Path, record: RecoveryRecord, *, base: Path | None = None) ->
         base: folder whose card has the metadata that the new one inherits; None leaves the card as it is.
     """
     _put(folder / "recover.json", record.to_json())
-    run = _run_of(folder)
-    if run is not None:
+    run = record_in(folder)
+    if run:
         run["out"] = record.out
         # Nothing is known of it where another version made the folder on the way.
         _put_run(folder, run, record, run.get("recovery", {}).get("rounded", run.get("rounded") or {}))
-    if run is not None and base is not None:
+    if run and base is not None:
         text = base / CARD
         old = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
         _put(folder / CARD, model_card(run, front_matter(old), note=packed_note(old)))
-
-
-def _run_of(folder: Path) -> dict[str, Any] | None:
-    try:
-        run = json.loads((folder / _RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return run if isinstance(run, dict) and "record_version" in run else None
 
 
 def _put_run(folder: Path, run: dict[str, Any], record: RecoveryRecord, rounded: Mapping[str, Any]) -> None:
