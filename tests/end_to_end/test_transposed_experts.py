@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,7 +11,6 @@ from tests.end_to_end.test_prune import TRANSPOSED, prunable, same
 from tests.tiny import tiny_model, tokens
 
 KEYS = {"sparsity": 0.6, "compute": "float32", "allocator": "uniform"}
-TRAINING = {"refine.epochs": 2, "refine.batch": 2, "refine.lr": 0.003}
 
 
 def tiny(family, **changes):
@@ -89,58 +86,3 @@ def test_an_expert_that_no_token_is_routed_to_is_pruned_by_its_weights_and_said(
     unseen = [entry for entry in record.linears if entry.notes.get("tokens") == 0]
     assert len(unseen) == len(record.warnings) == 3 * 2 * never
     assert all(abs(entry.sparsity - entry.target) < 0.01 for entry in unseen)
-
-
-def multiplies_one_by_one(self, hidden):
-    """What llama4's experts do, of a slice of the parameters at a time."""
-    parts = []
-    for expert, x in enumerate(hidden.view(4, -1, hidden.shape[-1])):
-        gate, up = (x @ self.gate_up_proj[expert]).chunk(2, dim=-1)
-        parts.append((up * self.act_fn(gate)) @ self.down_proj[expert])
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("source", ["live", "folder"])
-@pytest.mark.parametrize("family", TRANSPOSED)
-def test_refining_trains_what_is_left_of_every_expert_and_nothing_else_of_them(family, source, tmp_path):
-    keys = KEYS | {"solver": "wanda", "calibration": tokens(32, 24), "exclude": ["experts.down_proj.1"]}
-    dense = prunable(tiny(family))
-    made = []
-    for number, more in enumerate(({}, TRAINING)):
-        model = tiny(family)
-        if source == "live":
-            record = tawny.prune(model, **keys | more)
-        else:
-            model.save_pretrained(tmp_path / "dense")
-            record = tawny.prune(tmp_path / "dense", tmp_path / f"out{number}", **keys | more)
-            model = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{number}")
-        made.append(prunable(model))
-    before, after = (experts_of(weights) for weights in made)
-    first = record.refined[0]
-    assert first["best_epoch"] > 0 and first["after"] < first["before"]
-    for name, weight in after.items():
-        if name.endswith("down_proj.1"):
-            assert torch.equal(weight, dense[name]), name
-        elif ".layers.0." in name:
-            assert torch.equal(weight == 0, before[name] == 0), name
-            kept = weight != 0
-            assert (weight[kept] != before[name][kept]).float().mean() > 0.5, name
-    assert abs(record.sparsity - 0.6) < 0.01
-    assert record.zeros == sum(int((made[1][entry.name] == 0).sum()) for entry in record.linears)
-
-
-def test_experts_that_multiply_all_at_once_are_refined_as_one_by_one():
-    made = []
-    for apart in (False, True):
-        model = tiny("llama4_text", num_hidden_layers=1)
-        if apart:
-            experts = model.model.layers[0].feed_forward.experts
-            experts.forward = types.MethodType(multiplies_one_by_one, experts)
-        keys = KEYS | {"solver": "magnitude", "include": ["experts.*"]}
-        tawny.prune(model, **keys | TRAINING, calibration=tokens(16, 24))
-        made.append(prunable(model))
-    dense = prunable(tiny("llama4_text", num_hidden_layers=1))
-    for name, weight in made[0].items():
-        torch.testing.assert_close(weight, made[1][name], rtol=1e-3, atol=1e-4)
-        kept = weight != 0
-        assert not torch.equal(weight[kept], dense[name][kept]) or ".experts." not in name

@@ -225,6 +225,11 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         check_ends(stack.model, recipe.values.head, recipe.values.embedding)  # before the work, not after it
         check_writable(chosen)
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
+        if recipe.refine.epochs and (expert := next((x for x in chosen if x.expert is not None), None)):
+            raise ModelError(
+                f"refine trains linears, and {expert.name} is an expert of a fused tensor: leave refine out, and `tawny recover` the "
+                "result, or leave the experts out (-o exclude=…)"
+            )
         if recipe.values.names and recipe.values.names[0] in GGUF_KINDS:
             check_widths(chosen)
         if recipe.values.names and recipe.values.names[0] in GPU_KINDS:

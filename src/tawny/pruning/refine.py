@@ -51,7 +51,6 @@ from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Stream
 from tawny.packed.on_grid import OnGrid
-from tawny.pruning.expert_leaves import ExpertLeaves
 from tawny.recipe.schema import Refinement
 
 _BETAS = (0.9, 0.95)  # a run has tens of steps, not thousands: the second momentum forgets within one
@@ -125,10 +124,6 @@ def refine(
         trained = _trained(stack, index, linears, solved, dtype, kinds or {})
         for entry in trained:
             stacked.callback(entry.close)
-        if any(entry.expert is not None for entry in trained):
-            leaves = ExpertLeaves(trained)
-            stacked.callback(leaves.close)
-            stacked.enter_context(leaves)
         before = pairs.loss(held)
         refined = Refined(index, before, before)
         if before > 0 and math.isfinite(before):
@@ -283,7 +278,6 @@ class _Trained:
         self.name, self.leaf, self.stored = name, leaf, stored
         self.grid, self.transposed = grid, transposed
         self.dtype = dtype or stored.dtype
-        self.expert: tuple[nn.Parameter, int] | None = None  # what holds it, and where
         size = _size(master, masked)
         self.master = master.to(leaf.device)  # a norm comes from where the checkpoint was read
         self.keep = self.master != 0 if masked else None
@@ -404,17 +398,11 @@ def _trained(
     for linear in linears:
         parameter = getattr(linear.module, linear.parameter)
         stored = stack.stored[linear.key] if stack.checkpoint else parameter.data
-        leaf: Tensor = parameter
-        if linear.expert is not None:
-            leaf, stored = parameter.data[linear.expert], stored[linear.expert]
         weight_OI = solved[linear.name] if linear.name in solved else stack.weight(linear)
         master = (weight_OI.T if linear.transposed else weight_OI).contiguous()
         grid = OnGrid(weight_OI, *kinds[linear.name]) if linear.name in kinds else None
         how: dict[str, Any] = {"dtype": dtype, "grid": grid, "transposed": linear.transposed}
-        entry = _Trained(linear.name, leaf, stored, master, masked=True, **how)
-        if linear.expert is not None:
-            entry.expert = (parameter, linear.expert)
-        trained.append(entry)
+        trained.append(_Trained(linear.name, parameter, stored, master, masked=True, **how))
     owners = {id(linear.module) for linear in linears}
     seen: set[int] = set()  # modules of one block may share a norm
     for path, module in stack.blocks[index].named_modules():
