@@ -22,8 +22,7 @@ from harness import keep, parser_of
 
 import tawny
 from tawny.evaluation.latency import inputs_for
-from tawny.model.stack import TOKENS
-from tawny.model.structure import evaluating, input_of
+from tawny.model.structure import TOKENS, evaluating, input_of
 
 PACKED: dict[str, dict[str, Any]] = {
     "50 %, bf16": {"sparsity": 0.5, "pack": "bf16"},

@@ -36,9 +36,9 @@ from turns import speeds_of
 
 import tawny
 from tawny.kinds import kind_of
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.model.checkpoint import Checkpoint, file_bytes
 from tawny.model.source import load_tokenizer, resolve
-from tawny.packed.folder import INDEX
 from tawny.packed.opening import load_quietly
 
 UNIFORM = [

@@ -10,17 +10,6 @@ What depends on several fields is checked in the class's `__post_init__`, or by 
 
 from __future__ import annotations
 
-__all__ = [
-    "adapter",
-    "checked",
-    "one_line_of",
-    "option_keys",
-    "plain_key",
-    "refuse_unknown",
-    "show",
-    "suggest",
-]
-
 import dataclasses
 import functools
 import keyword

@@ -9,8 +9,6 @@ run can be compared and tested on it. Either part may be left out, and is then w
 
 from __future__ import annotations
 
-__all__ = ["KERNELS", "PRODUCTS", "Cpu", "asked"]
-
 import functools
 import os
 from dataclasses import dataclass

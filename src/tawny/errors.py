@@ -18,27 +18,6 @@ A message is one line: what was given, what was expected, what to do.
 
 from __future__ import annotations
 
-__all__ = [
-    "CheckpointError",
-    "Interrupted",
-    "LostProcess",
-    "MissingFeature",
-    "ModelError",
-    "NumericalError",
-    "OutputError",
-    "PatternError",
-    "RecipeError",
-    "TawnyError",
-    "TextError",
-    "UserError",
-    "check_option",
-    "first_line",
-    "nearest",
-    "one_line",
-    "printable",
-    "short",
-]
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 

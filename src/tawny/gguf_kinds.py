@@ -10,8 +10,6 @@ minimum have m = 0. The layouts are those of llama.cpp; the `gguf` package reads
 
 from __future__ import annotations
 
-__all__ = ["ENCODED", "GGUF_KINDS", "GGUFKind", "fitting"]
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -6,21 +6,6 @@ make the compiled kernels read it too. Nothing here imports torch before it comp
 
 from __future__ import annotations
 
-__all__ = [
-    "GPU_KINDS",
-    "KINDS",
-    "Kind",
-    "Solved",
-    "dividing",
-    "half_steps",
-    "kind_of",
-    "names_of",
-    "range_of",
-    "scaled_kinds",
-    "solved_kind",
-    "solved_kinds",
-]
-
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -2,21 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "cache_folder",
-    "check_device",
-    "cpu_features",
-    "cpu_name",
-    "device_name",
-    "free_memory",
-    "in_package",
-    "machine",
-    "peak_memory",
-    "resident_memory",
-    "total_memory",
-    "versions",
-]
-
 import contextlib
 import importlib.util
 import os

@@ -27,27 +27,6 @@ from torch import Tensor
 
 from tawny.errors import PatternError
 
-__all__ = [
-    "NM",
-    "AnyPattern",
-    "Blocks",
-    "Experts",
-    "MemberKind",
-    "Members",
-    "Pattern",
-    "Rank",
-    "Scope",
-    "Unstructured",
-    "check_pattern",
-    "keep_mask",
-    "keep_mask_rows",
-    "matches",
-    "parse_pattern",
-    "removed_count",
-    "rows_removed",
-    "zeros_first",
-]
-
 Scope = Literal["row", "matrix"]
 MemberKind = Literal["channels", "heads"]
 

@@ -14,19 +14,6 @@ So there are three kinds of CPU, the keys of `cpu.PRODUCTS`, and everything that
 
 from __future__ import annotations
 
-__all__ = [
-    "DTYPES",
-    "bfloat16_products",
-    "cast",
-    "compute_dtype",
-    "force",
-    "forward_dtype",
-    "lost_in",
-    "native_dtype",
-    "products",
-    "rounds_products",
-]
-
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping

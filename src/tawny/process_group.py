@@ -6,8 +6,6 @@ script has runs. Rank 0 decides, writes and talks; the others keep quiet unless 
 
 from __future__ import annotations
 
-__all__ = ["ProcessGroup", "refuse_several", "speaks", "started_by_torchrun"]
-
 import itertools
 import os
 from collections.abc import Callable, Iterable

@@ -2,23 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "SHARES",
-    "bar",
-    "begun",
-    "counted",
-    "duration",
-    "kl_text",
-    "percent",
-    "perplexity_text",
-    "points_text",
-    "quality_text",
-    "score_text",
-    "share_text",
-    "size",
-    "unique_ends",
-]
-
 import math
 import sys
 from collections.abc import Mapping, Sequence

@@ -29,8 +29,9 @@ from tawny.choosing.table import Table
 from tawny.decoding.sequences import bytes_of_text
 from tawny.errors import Interrupted, NumericalError, RecipeError, TextError, UserError
 from tawny.kinds import KINDS
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.model.streams import Samples
-from tawny.packed.folder import INDEX, PackedFolder
+from tawny.packed.folder import PackedFolder
 from tawny.patterns import removed_count
 from tawny.progress import silent
 from tawny.pruning import packing

@@ -22,8 +22,8 @@ from gguf import GGUFReader
 import tawny
 from tawny.allocation import File, LinearInfo, Profile
 from tawny.errors import TawnyError
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.packed import folder as packed_folder
-from tawny.packed.folder import INDEX
 from tawny.recipe.files import dump_recipe, load_recipe
 from tests.fuzz.mutations import mutate_bytes, mutate_json, mutate_safetensors
 from tests.model.test_source import write as write_gguf

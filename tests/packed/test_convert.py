@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.errors import CheckpointError, NumericalError, UserError
-from tawny.packed.folder import INDEX, PackedCheckpoint
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
+from tawny.packed.folder import PackedCheckpoint
 from tawny.packed.linear import PackedLinear
 from tawny.packed.writer import PackedWriter
 from tawny.progress import Silent

@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import tawny
 from tawny.decoding.opening import threads
 from tawny.errors import CheckpointError, MissingFeature, ModelError, OutputError, UserError
-from tawny.packed.folder import INDEX, PackedFolder
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
+from tawny.packed.folder import PackedFolder
 from tests.packed.cases import python
 from tests.packed.test_live import logits, pruned
 from tests.tiny import tokens

@@ -15,7 +15,7 @@ from torch import nn
 
 import tawny
 from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError
-from tawny.packed.folder import INDEX
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.recovery import training
 from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.teacher import Teacher

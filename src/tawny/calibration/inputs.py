@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-__all__ = ["processor_for", "read_inputs", "skipped"]
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

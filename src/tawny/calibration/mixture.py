@@ -14,23 +14,6 @@ What this file promises:
 
 from __future__ import annotations
 
-__all__ = [
-    "CHAT",
-    "IMAGES",
-    "OWN",
-    "SAMPLE",
-    "Mixture",
-    "Source",
-    "Texts",
-    "check_texts",
-    "first_token",
-    "in_words",
-    "load_texts",
-    "parse_texts",
-    "rendered",
-    "texts_identity",
-]
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence

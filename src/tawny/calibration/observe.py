@@ -8,8 +8,6 @@ so each expert gets statistics of exactly the tokens that were routed to it.
 
 from __future__ import annotations
 
-__all__ = ["Observation", "Stage", "observe"]
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -10,20 +10,6 @@ G is kept whole up to `BLOCK` outputs, and by diagonal blocks of at most so many
 
 from __future__ import annotations
 
-__all__ = [
-    "BLOCK",
-    "FACTORS",
-    "Factor",
-    "OutputAccumulator",
-    "OutputFactor",
-    "diagonal_blocks",
-    "factor_bytes",
-    "gradient_of_drawn_tokens",
-    "gradient_of_features",
-    "most_felt",
-    "watch_gradients",
-]
-
 import contextlib
 import itertools
 import math
@@ -37,8 +23,9 @@ from torch import Tensor, nn
 
 from tawny.calibration.products import ExpertProducts, Fused, first_argument
 from tawny.model.linears import Linear
-from tawny.model.stack import TOKENS, Stack
+from tawny.model.stack import Stack
 from tawny.model.streams import Stream
+from tawny.model.structure import TOKENS
 from tawny.precision import bfloat16_products
 
 Factor = Literal["none", "rows", "whole"]

@@ -12,8 +12,6 @@ What this file promises:
 
 from __future__ import annotations
 
-__all__ = ["BrokenPicture", "Pictures", "crop", "pictures_in", "pixels_of", "read_pictures", "whole"]
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field

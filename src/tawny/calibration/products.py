@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ExpertProducts", "Fused", "first_argument"]
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -13,19 +13,6 @@ The named texts: `c4`, `wikitext2` and `ptb` come from the Hugging Face hub thro
 
 from __future__ import annotations
 
-__all__ = [
-    "NAMED_TEXTS",
-    "Role",
-    "Text",
-    "content_of",
-    "joined",
-    "json_lines",
-    "load_text",
-    "packaged_wiki",
-    "printable",
-    "unknown_text",
-]
-
 import gzip
 import hashlib
 import itertools

@@ -14,20 +14,6 @@ What this file promises:
 
 from __future__ import annotations
 
-__all__ = [
-    "SEED_APART",
-    "Part",
-    "TokenisedText",
-    "check_windows",
-    "evaluation_windows",
-    "held_out_windows",
-    "interleaved",
-    "sample_windows",
-    "shared_out",
-    "texts_of",
-    "tokenise",
-]
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -30,11 +30,11 @@ from tawny.exporting.gguf import export_gguf
 from tawny.exporting.template import Matrices, Template
 from tawny.exporting.through import export_through
 from tawny.gguf_kinds import GGUF_KINDS
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.model.checkpoint import file_bytes
 from tawny.model.couplings import fused
 from tawny.model.source import gguf_behind
 from tawny.packed import format
-from tawny.packed.folder import INDEX
 from tawny.progress import Progress
 from tawny.pruning.packing import prune_and_pack
 from tawny.pruning.prepare import Job, off_tiles

@@ -37,9 +37,9 @@ from tawny.evaluation.hidden_states import stream_through
 from tawny.evaluation.sources import name_of, open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
 from tawny.model.context import check_ids, seqlen_of
-from tawny.model.stack import TOKENS, Stack
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
-from tawny.model.structure import evaluating, input_of, predicts_tokens
+from tawny.model.structure import TOKENS, evaluating, input_of, predicts_tokens
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.solvers.divergence import kl

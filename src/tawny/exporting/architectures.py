@@ -6,8 +6,6 @@ graph does not read is the one that the graph assumes.
 
 from __future__ import annotations
 
-__all__ = ["ARCHITECTURES", "Architecture", "metadata", "rope_factors"]
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ best scales. A weight [O, I] becomes `weight_packed` int32 [O, I·bits/32], the 
 
 from __future__ import annotations
 
-__all__ = ["export_compressed"]
-
 import json
 import time
 from collections import Counter

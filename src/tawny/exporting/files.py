@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ExportReport", "check_apart", "check_out", "origin"]
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

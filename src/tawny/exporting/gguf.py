@@ -6,8 +6,6 @@ The finished file is opened again, and every tensor is compared with the checkpo
 
 from __future__ import annotations
 
-__all__ = ["export_gguf"]
-
 import contextlib
 import math
 import time

@@ -7,8 +7,6 @@ row an expert.
 
 from __future__ import annotations
 
-__all__ = ["ImatrixReport", "export_imatrix", "read_imatrix", "tensor_names"]
-
 import functools
 import time
 from collections.abc import Mapping, Sequence

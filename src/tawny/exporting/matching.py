@@ -7,8 +7,6 @@ the whole of a matrix, several may be it together, as the halves of a gate and i
 
 from __future__ import annotations
 
-__all__ = ["Digests", "Place", "Slot", "digests", "match"]
-
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

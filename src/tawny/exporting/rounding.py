@@ -7,8 +7,6 @@ the head get at least Q6_K, and a width that a type does not take gets another.
 
 from __future__ import annotations
 
-__all__ = ["FLOATS", "TYPES", "Rounding", "floats", "known_type"]
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping

@@ -7,8 +7,6 @@ it, the checkpoint rounded in the same way.
 
 from __future__ import annotations
 
-__all__ = ["Matrices", "Payload", "Rows", "Template", "file_type"]
-
 import hashlib
 import math
 import struct

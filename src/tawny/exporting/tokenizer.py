@@ -6,8 +6,6 @@ name is written only where the tokenizer encodes llama.cpp's own check text as t
 
 from __future__ import annotations
 
-__all__ = ["Key", "keys_of_folder", "keys_of_gguf"]
-
 import hashlib
 import logging
 from dataclasses import dataclass

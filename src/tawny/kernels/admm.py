@@ -7,8 +7,6 @@ compiled, the answer says so and nothing was touched.
 
 from __future__ import annotations
 
-__all__ = ["BINS", "changes", "histogram", "right", "update"]
-
 import ctypes
 
 import torch

@@ -8,18 +8,6 @@ Shapes: G = ceil(rows / 4) groups, B = ceil(cols / 64) blocks of columns, R = 4 
 
 from __future__ import annotations
 
-__all__ = [
-    "COLUMNS",
-    "ROWS",
-    "Weight",
-    "bits_to_masks",
-    "deinterleave",
-    "interleave",
-    "masks_to_bits",
-    "place",
-    "spread",
-]
-
 from typing import NamedTuple
 
 import torch

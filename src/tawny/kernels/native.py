@@ -10,18 +10,6 @@ the fallback in plain torch, also used when the library was not built.
 
 from __future__ import annotations
 
-__all__ = [
-    "EXPANDING",
-    "available",
-    "check",
-    "chosen",
-    "force",
-    "kernel_name",
-    "library",
-    "stream",
-    "why_not_native",
-]
-
 import contextlib
 import ctypes
 import importlib.util

@@ -14,20 +14,6 @@ Results do not depend on the number of threads; they do depend, in the last bits
 
 from __future__ import annotations
 
-__all__ = [
-    "DIRECT",
-    "FLOATS",
-    "KernelCall",
-    "check_bias",
-    "dense_direct",
-    "dense_linear",
-    "expand",
-    "gather_rows",
-    "packed_linear",
-    "readable",
-    "remove_half",
-]
-
 import ctypes
 import math
 import sys

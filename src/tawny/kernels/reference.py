@@ -5,8 +5,6 @@ They read every kind of the table, those too that no compiled kernel knows.
 
 from __future__ import annotations
 
-__all__ = ["check", "expand", "packed_linear"]
-
 import torch
 from torch import Tensor
 

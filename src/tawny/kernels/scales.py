@@ -13,8 +13,6 @@ Shapes: G groups of R = 4 rows, S spans of columns that share a scale.
 
 from __future__ import annotations
 
-__all__ = ["long", "short"]
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ with `tawny push` on the hub. So it is refused, before the work. Links to the bl
 
 from __future__ import annotations
 
-__all__ = ["check_inside", "companions"]
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -7,16 +7,6 @@ never by a model's name.
 
 from __future__ import annotations
 
-__all__ = [
-    "check_context",
-    "check_ids",
-    "context_of",
-    "hard_context_of",
-    "longest_text",
-    "seqlen_of",
-    "words_of",
-]
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 
 from tawny.errors import ModelError
 from tawny.model.linears import Linear
-from tawny.model.stack import TOKENS, Call, Stack
-from tawny.model.structure import input_of, pixels_for
+from tawny.model.replay import Call
+from tawny.model.stack import Stack
+from tawny.model.structure import TOKENS, input_of, pixels_for
 from tawny.patterns import MemberKind
-
-__all__ = ["Coupling", "Rows", "check_fused", "couple", "find_couplings", "fused", "probe_of", "some_tokens"]
 
 _TOKENS = 64  # a ReLU that is silent for a random token is so for all of them once in 2⁶⁴
 _CLOSE = 1e-2  # of the largest output: what rounding to bfloat16 may change

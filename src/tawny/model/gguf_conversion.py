@@ -5,8 +5,6 @@ transformers reads configuration, tokenizer and names; what it leaves out is rea
 
 from __future__ import annotations
 
-__all__ = ["convert_gguf", "gguf_form"]
-
 import glob
 import hashlib
 import json

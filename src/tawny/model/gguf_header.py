@@ -6,8 +6,6 @@ memory that a machine has.
 
 from __future__ import annotations
 
-__all__ = ["open_gguf", "refusing"]
-
 import mmap
 import struct
 from contextlib import AbstractContextManager

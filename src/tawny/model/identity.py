@@ -5,16 +5,6 @@ A model is the names, sizes, times and headers of its files. Reading all weights
 
 from __future__ import annotations
 
-__all__ = [
-    "code_identity",
-    "fingerprint",
-    "model_identity",
-    "own_code",
-    "source_identity",
-    "tensor_digest",
-    "tokens_identity",
-]
-
 import hashlib
 import sys
 from pathlib import Path

@@ -13,8 +13,6 @@ Shapes: T = tokens, H = hidden, K = experts picked for a token, E = experts.
 
 from __future__ import annotations
 
-__all__ = ["Mixture", "Routed", "find_mixtures", "real_tokens", "routed", "without"]
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 from tawny.errors import ModelError, first_line
 from tawny.model.couplings import probe_of
 from tawny.model.linears import Linear
-from tawny.model.stack import Call, Stack
+from tawny.model.replay import Call
+from tawny.model.stack import Stack
 
 Role = Literal["tokens", "picked", "gates"]
 _CLOSE = 1e-2  # of the largest output: what rounding to bfloat16 may change

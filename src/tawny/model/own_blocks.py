@@ -10,8 +10,6 @@ open through `AutoModelForCausalLM.from_pretrained`, packed or dense, with no mo
 
 from __future__ import annotations
 
-__all__ = ["KEY", "READS_GLOBAL", "register"]
-
 from typing import Any
 
 KEY = "per_layer_config"

@@ -13,8 +13,6 @@ several stacks each depends on the last hidden states of the one before alone: o
 
 from __future__ import annotations
 
-__all__ = ["Call", "Inputs", "Replay", "named"]
-
 import contextlib
 import inspect
 from collections import OrderedDict

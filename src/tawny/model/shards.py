@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["SHARD_BYTES", "ShardWriter", "index_of", "shard_names"]
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

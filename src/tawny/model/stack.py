@@ -7,8 +7,6 @@ computes what the model's own forward does, with the weights of one block in mem
 
 from __future__ import annotations
 
-__all__ = ["MASK", "TOKENS", "Call", "Inputs", "Stack", "check_tensors", "chunks_of", "live_stack"]
-
 import contextlib
 import math
 import re
@@ -22,7 +20,7 @@ from tawny.errors import CheckpointError, ModelError, TextError, first_line
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import Linear, linears_of
 from tawny.model.replay import Call, Inputs, Replay, named
-from tawny.model.structure import MASK, TOKENS, check_unshared, find_blocks
+from tawny.model.structure import check_unshared, find_blocks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from tawny.errors import NumericalError, TextError
 from tawny.model import durable
-from tawny.model.stack import MASK, TOKENS, Call, Stack, check_tensors, chunks_of
+from tawny.model.replay import Call
+from tawny.model.stack import Stack, check_tensors, chunks_of
+from tawny.model.structure import MASK, TOKENS
 from tawny.model.tensorfile import TensorWriter, entries, read_tensor, read_tensors, write_tensors
 
 # Tokens a forward takes at once: enough rows for full-speed matrix products, few enough that the activations

@@ -7,23 +7,6 @@ stacks, one after the other (Swin, ConvNeXt). Experts are such lists too, but al
 
 from __future__ import annotations
 
-__all__ = [
-    "MASK",
-    "PIXELS",
-    "TOKENS",
-    "BlockList",
-    "adapters",
-    "check_unshared",
-    "evaluating",
-    "find_blocks",
-    "find_stack",
-    "head_of",
-    "input_of",
-    "pixels_for",
-    "predicts_tokens",
-    "staying_dense",
-]
-
 import contextlib
 import re
 import sys

@@ -9,8 +9,6 @@ layer that forgot it would ask again. The answer holds during one call and what 
 
 from __future__ import annotations
 
-__all__ = ["opens_models", "refusing_code", "trusted", "trusting"]
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator

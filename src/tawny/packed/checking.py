@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["check"]
-
 import torch
 
 from tawny.errors import CheckpointError

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["LinearForm", "PackingKinds", "experts_by_parameter", "is_changed", "pack_end", "tell"]
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean

@@ -8,8 +8,6 @@ the dense checkpoint stored, the files are identical.
 
 from __future__ import annotations
 
-__all__ = ["PackReport", "UnpackReport", "pack", "unpack"]
-
 import json
 import time
 from collections.abc import Sequence
@@ -22,7 +20,8 @@ from torch import Tensor
 
 from tawny.errors import CheckpointError, RecipeError, UserError
 from tawny.kinds import KINDS, kind_of, range_of
-from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weight_paths
+from tawny.model.checkpoint import METHOD, Checkpoint, Unit, file_bytes, is_packed, weight_paths
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
 from tawny.model.shards import index_of
@@ -32,7 +31,7 @@ from tawny.model.tensorfile import DTYPES, header_for, raw
 from tawny.model.trust import opens_models
 from tawny.packed import format
 from tawny.packed.choice import LinearForm, PackingKinds, experts_by_parameter, is_changed, pack_end, tell
-from tawny.packed.folder import INDEX, METHOD, PackedFolder, PackedLinearEntry, header_of
+from tawny.packed.folder import PackedFolder, PackedLinearEntry, header_of
 from tawny.packed.format import PackedTensor
 from tawny.packed.install import check_ends, ends_of, table_of
 from tawny.packed.places import Place, places_of

@@ -13,8 +13,6 @@ with a dense embedding beside it (157 instead of 468 MB for Qwen3-0.6B).
 
 from __future__ import annotations
 
-__all__ = ["PackedEmbedding", "serve_from"]
-
 from typing import Any
 
 import torch

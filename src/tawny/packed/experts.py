@@ -11,8 +11,6 @@ tokens a second through the model's own loop, in bf16 on two threads of an AMD E
 
 from __future__ import annotations
 
-__all__ = ["PackedExpert", "PackedExperts"]
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 

@@ -8,8 +8,6 @@ evaluation, inspection and profiling stream through it like through any other. w
 
 from __future__ import annotations
 
-__all__ = ["INDEX", "METHOD", "PackedCheckpoint", "PackedFolder", "PackedLinearEntry"]
-
 import functools
 import hashlib
 import json
@@ -27,8 +25,8 @@ from torch import Tensor
 from tawny.checked import adapter, one_line_of
 from tawny.errors import CheckpointError, UserError
 from tawny.kinds import KINDS
-from tawny.model.checkpoint import METHOD, Checkpoint
 from tawny.model.checkpoint import PACKED_INDEX as INDEX
+from tawny.model.checkpoint import Checkpoint
 from tawny.model.tensorfile import DTYPES, NAMES, TensorEntry
 from tawny.model.tensorfile import entries as tensors_in
 from tawny.packed import checking, format

@@ -16,22 +16,6 @@ Shapes: O out, I in, G = ceil(O/4) groups, B = ceil(I/64) blocks of columns, S =
 
 from __future__ import annotations
 
-__all__ = [
-    "MOVED",
-    "READABLE",
-    "VERSION",
-    "Form",
-    "PackedTensor",
-    "cheaper_whole",
-    "check_dtype",
-    "full_masks",
-    "naming",
-    "pack",
-    "scales_of",
-    "unpack",
-    "whole",
-]
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -9,8 +9,6 @@ transformers (0.27 s against 33 to 42 s with cold files on two busy cores).
 
 from __future__ import annotations
 
-__all__ = ["install"]
-
 import importlib
 import importlib.abc
 import importlib.machinery

@@ -5,17 +5,6 @@ live.py does it with weights in memory, quantizer.py before a folder's weights a
 
 from __future__ import annotations
 
-__all__ = [
-    "check_ends",
-    "ends_of",
-    "install_experts",
-    "install_head",
-    "install_linear",
-    "install_table",
-    "keep_dense",
-    "table_of",
-]
-
 from typing import Any
 
 from torch import nn

@@ -8,8 +8,6 @@ what runs. Buffers keep their own types: `module.to(torch.float16)` changes the 
 
 from __future__ import annotations
 
-__all__ = ["DenseLinear", "PackedLinear", "multiply", "pack_linear"]
-
 from collections.abc import Callable
 from typing import Any, Self
 

@@ -8,8 +8,6 @@ Embedding and head stay dense unless `head` is given; if they are tied, one pack
 
 from __future__ import annotations
 
-__all__ = ["pack_model"]
-
 from typing import Any
 
 import torch

@@ -15,8 +15,6 @@ Shapes: O out, I in, S = ceil(I / group) scales a row, C the columns of one.
 
 from __future__ import annotations
 
-__all__ = ["OnGrid"]
-
 import torch
 from torch import Tensor, nn
 

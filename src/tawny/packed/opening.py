@@ -7,8 +7,6 @@ out with a weight that no file holds: transformers would fill it with random num
 
 from __future__ import annotations
 
-__all__ = ["load", "load_quietly", "loaded_bytes", "open_checkpoint", "open_stack", "without_bars"]
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -6,8 +6,6 @@ through a packed layer work. A kind crosses torch's border by its name in the ta
 
 from __future__ import annotations
 
-__all__ = ["dense_linear", "expand", "gather_rows", "packed_linear"]
-
 from typing import Any
 
 import torch

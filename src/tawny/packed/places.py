@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Place", "places_of"]
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

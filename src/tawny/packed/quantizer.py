@@ -7,8 +7,6 @@ are mapped; and checks every tensor afterwards, before anybody can run the model
 
 from __future__ import annotations
 
-__all__ = ["METHOD", "TawnyConfig", "TawnyQuantizer", "register", "verification"]
-
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,11 +18,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tawny.errors import CheckpointError
+from tawny.model.checkpoint import METHOD
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.model.tensorfile import natural
 from tawny.packed import format
 from tawny.packed.checking import check
 from tawny.packed.experts import PackedExperts
-from tawny.packed.folder import INDEX, METHOD, PackedCheckpoint, PackedFolder, PackedLinearEntry
+from tawny.packed.folder import PackedCheckpoint, PackedFolder, PackedLinearEntry
 from tawny.packed.install import (
     ends_of,
     install_experts,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PackedWriter"]
-
 import hashlib
 import json
 from pathlib import Path
@@ -11,11 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from tawny.model.checkpoint import METHOD
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.model.durable import writing
 from tawny.model.shards import ShardWriter
 from tawny.model.tensorfile import entries, raw
 from tawny.packed import format
-from tawny.packed.folder import INDEX, METHOD, PackedLinearEntry
+from tawny.packed.folder import PackedLinearEntry
 from tawny.packed.format import PackedTensor
 
 SHARD_BYTES = 256_000_000  # what a writer holds at most beside one block

@@ -5,8 +5,6 @@ visitors.py says in which order a run does this. This file says what each step d
 
 from __future__ import annotations
 
-__all__ = ["DENSE", "PRUNED", "PrunedBlock", "pattern_at"]
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final

@@ -11,8 +11,6 @@ and as many hidden states, of the few tokens that the solver looks at.
 
 from __future__ import annotations
 
-__all__ = ["choose_blocks", "remove_block"]
-
 import math
 import time
 from collections.abc import Collection
@@ -24,9 +22,9 @@ from torch import Tensor
 from tawny.allocation.profile import Allocation
 from tawny.errors import ModelError, NumericalError, RecipeError
 from tawny.model.couplings import probe_of
-from tawny.model.stack import TOKENS, Stack
+from tawny.model.stack import Stack
 from tawny.model.streams import Stream
-from tawny.model.structure import head_of, input_of
+from tawny.model.structure import TOKENS, head_of, input_of
 from tawny.progress import Within
 from tawny.pruning.block import PRUNED, PrunedBlock
 from tawny.pruning.session import Session

@@ -5,8 +5,6 @@ The tokens of all samples are in memory while a block is refitted, with what the
 
 from __future__ import annotations
 
-__all__ = ["refit_block"]
-
 import torch
 from torch import Tensor
 

@@ -11,8 +11,6 @@ result is opened, and computes what the source does without the experts.
 
 from __future__ import annotations
 
-__all__ = ["PROBE", "Cut", "asking_experts", "check_experts", "describe_cut", "probe_samples"]
-
 import copy
 import json
 import time
@@ -30,8 +28,9 @@ from tawny.model.couplings import probe_of
 from tawny.model.mixtures import Mixture, Routed, real_tokens, routed, without
 from tawny.model.own_blocks import KEY
 from tawny.model.skeleton import build_skeleton
-from tawny.model.stack import TOKENS, Stack
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
+from tawny.model.structure import TOKENS
 from tawny.packed.opening import open_stack
 from tawny.progress import silent
 from tawny.pruning.block import PRUNED

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["OutputFactors", "factor_of", "file_of", "parts_of"]
-
 from pathlib import Path
 from typing import final
 

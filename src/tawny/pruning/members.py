@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Without", "seen_by", "solve_members", "without_members"]
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass

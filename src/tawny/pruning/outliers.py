@@ -8,8 +8,6 @@ blocks, which is where they differ from a profile of the dense model.
 
 from __future__ import annotations
 
-__all__ = ["OutlierCount", "count_outliers"]
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial

@@ -6,8 +6,6 @@ model, so each block has a file of them.
 
 from __future__ import annotations
 
-__all__ = ["End", "asking_output"]
-
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping

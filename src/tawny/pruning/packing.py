@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["prune_and_pack"]
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

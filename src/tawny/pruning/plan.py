@@ -26,8 +26,8 @@ from tawny.decoding.author import author_of
 from tawny.model.context import seqlen_of
 from tawny.model.shards import SHARD_BYTES
 from tawny.model.source import load_tokenizer
-from tawny.model.stack import TOKENS, Stack
-from tawny.model.structure import input_of
+from tawny.model.stack import Stack
+from tawny.model.structure import TOKENS, input_of
 from tawny.model.trust import opens_models
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent

@@ -5,19 +5,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "PROFILE_TOKENS",
-    "Job",
-    "check_groups",
-    "check_widths",
-    "demand_of",
-    "notices",
-    "off_tiles",
-    "output_count",
-    "prepare",
-    "profile_count",
-]
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,9 +26,9 @@ from tawny.model.couplings import Coupling, couple, some_tokens
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.mixtures import Mixture, find_mixtures
 from tawny.model.source import resolve
-from tawny.model.stack import TOKENS, Stack, live_stack
+from tawny.model.stack import Stack, live_stack
 from tawny.model.streams import CHUNK_TOKENS
-from tawny.model.structure import adapters, input_of, predicts_tokens, staying_dense
+from tawny.model.structure import TOKENS, adapters, input_of, predicts_tokens, staying_dense
 from tawny.packed.install import check_ends
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack

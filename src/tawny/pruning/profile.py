@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ProfileReport", "profile"]
-
 import math
 import time
 from collections.abc import Sequence

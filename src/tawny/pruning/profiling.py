@@ -6,16 +6,6 @@ settle long before the weights' solution does; so a subset of the samples is eno
 
 from __future__ import annotations
 
-__all__ = [
-    "PROFILED",
-    "LazyWeights",
-    "Profiling",
-    "allocate",
-    "block_sparsities",
-    "profile_walk",
-    "spend",
-]
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -33,8 +33,6 @@ dtype of the checkpoint, beside what the walk holds anyway.
 
 from __future__ import annotations
 
-__all__ = ["Refined", "holds_out", "refine"]
-
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -8,8 +8,6 @@ kept in a journal, and the same command goes on from it.
 
 from __future__ import annotations
 
-__all__ = ["prune"]
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ up whatever happens after: nothing unfinished looks finished, and nothing that w
 
 from __future__ import annotations
 
-__all__ = ["Purpose", "Session", "open_session", "text_or_tokens"]
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -40,9 +38,9 @@ from tawny.machine import device_name, machine, peak_memory, versions
 from tawny.model.context import check_context, check_ids, seqlen_of
 from tawny.model.identity import code_identity, model_identity, own_code, tensor_digest, tokens_identity
 from tawny.model.source import load_tokenizer, revision_of
-from tawny.model.stack import TOKENS, Stack
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples
-from tawny.model.structure import PIXELS, evaluating, input_of, predicts_tokens
+from tawny.model.structure import PIXELS, TOKENS, evaluating, input_of, predicts_tokens
 from tawny.precision import products
 from tawny.progress import Progress, silent
 from tawny.pruning.factors import OutputFactors

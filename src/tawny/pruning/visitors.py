@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Refine", "Solve", "Write", "samples_of"]
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["or_say", "write_pages", "write_rest"]
-
 import json
 from typing import Any
 

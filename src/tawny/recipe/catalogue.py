@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["catalogue"]
-
 import dataclasses
 import itertools
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ YAML is read as people mean it: 2:4 is a text, 1e-3 a number, `no` a word, and n
 
 from __future__ import annotations
 
-__all__ = ["dump_recipe", "dump_yaml", "load_recipe", "named_recipes", "parse_yaml", "read_mapping"]
-
 import json
 import re
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ before options, since they decide which options there are: the order in which ke
 
 from __future__ import annotations
 
-__all__ = ["bare_keys", "changes_from", "parse_override", "resolve_recipe"]
-
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -22,8 +22,6 @@ merge.py puts a recipe together from a base and changes; files.py reads and writ
 
 from __future__ import annotations
 
-__all__ = ["Calibration", "Output", "Recipe", "Refinement", "Selection", "Values"]
-
 import dataclasses
 import hashlib
 import json

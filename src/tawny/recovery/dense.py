@@ -20,9 +20,9 @@ from tawny.errors import Interrupted, ModelError, RecipeError
 from tawny.machine import free_memory, peak_memory
 from tawny.model.context import check_context, check_ids
 from tawny.model.source import load_tokenizer, resolve
-from tawny.model.stack import TOKENS, Stack, live_stack
+from tawny.model.stack import Stack, live_stack
 from tawny.model.streams import Samples
-from tawny.model.structure import PIXELS, evaluating, input_of, predicts_tokens
+from tawny.model.structure import PIXELS, TOKENS, evaluating, input_of, predicts_tokens
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.precision import compute_dtype

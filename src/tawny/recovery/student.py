@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint as run_again
 
 from tawny.errors import ModelError
 from tawny.model.linears import Linear
-from tawny.model.stack import Inputs, Stack
+from tawny.model.replay import Inputs
+from tawny.model.stack import Stack
 from tawny.recovery.coordinates import Coordinates, Survivors, attach
 from tawny.recovery.methods import Covering
 from tawny.recovery.settings import Recovery

@@ -11,8 +11,6 @@ worth it: `SHARE` bounds what commits may add to a run.
 
 from __future__ import annotations
 
-__all__ = ["BLOCKS", "JOURNAL", "LEVELS", "SHARE", "Journal"]
-
 import hashlib
 import json
 import time

@@ -12,17 +12,6 @@ user's: a run refuses to begin there, and never removes it.
 
 from __future__ import annotations
 
-__all__ = [
-    "Workplace",
-    "accepts_checkpoint",
-    "models_read",
-    "named",
-    "place_of",
-    "same_place",
-    "spare",
-    "unfinished",
-]
-
 import contextlib
 import json
 import os

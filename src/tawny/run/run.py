@@ -5,8 +5,6 @@ A run keeps what it has finished in a journal, adds up its time, tells its progr
 
 from __future__ import annotations
 
-__all__ = ["Clock", "Run"]
-
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

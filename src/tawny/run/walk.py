@@ -11,8 +11,6 @@ A walk promises:
 
 from __future__ import annotations
 
-__all__ = ["Advance", "Block", "Visitor", "walk", "walk_back"]
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tawny.errors import ModelError, NumericalError, first_line
-from tawny.model.stack import Call, Stack
+from tawny.model.replay import Call
+from tawny.model.stack import Stack
 from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.run.journal import Journal
 from tawny.run.run import Run

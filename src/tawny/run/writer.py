@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ENCODED_PART", "CheckpointWriter", "check_savable", "written_at_once"]
-
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -28,9 +28,9 @@ from tawny.model.couplings import Coupling, find_couplings, probe_of
 from tawny.model.linears import Linear
 from tawny.model.own_blocks import KEY
 from tawny.model.source import resolve
-from tawny.model.stack import TOKENS, Stack
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples
-from tawny.model.structure import evaluating
+from tawny.model.structure import TOKENS, evaluating
 from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack

@@ -5,8 +5,6 @@ Everything needed lies beside a weight, its code book and the code book of its s
 
 from __future__ import annotations
 
-__all__ = ["bitsandbytes"]
-
 import json
 import math
 from functools import partial

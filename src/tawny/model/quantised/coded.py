@@ -5,8 +5,6 @@ Legend: O rows of a weight, I its columns, G groups of columns that share a scal
 
 from __future__ import annotations
 
-__all__ = ["Coded", "Reader", "Stored", "blocks_of", "made_of_bits", "pairs", "powers_of_two", "scaled"]
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

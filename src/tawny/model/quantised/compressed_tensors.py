@@ -5,8 +5,6 @@ The tensors beside a weight and their shapes say which of its forms a weight has
 
 from __future__ import annotations
 
-__all__ = ["compressed_tensors"]
-
 import re
 from functools import partial
 from typing import Any

@@ -6,8 +6,6 @@ A scale is multiplied with, whatever its name says (`weight_scale_inv`).
 
 from __future__ import annotations
 
-__all__ = ["EIGHT_BITS", "fp4", "fp8", "modelopt", "mxfp4", "of_blocks"]
-
 from collections.abc import Sequence
 from functools import partial
 

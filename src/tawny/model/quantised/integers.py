@@ -5,8 +5,6 @@ Both hold `[in, out]`: `qweight` in words of 32 bits, and for each group of inpu
 
 from __future__ import annotations
 
-__all__ = ["awq", "gptq"]
-
 from functools import partial
 
 import torch
