@@ -162,9 +162,9 @@ def measured_numbers(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of every safetensors file in a folder."""
-    found = {}
+    files = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return found
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return files

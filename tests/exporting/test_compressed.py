@@ -174,7 +174,7 @@ def test_what_cannot_be_solved_is_refused(tmp_path, values, keys, error, says):
     ("family", "args", "keys", "error", "says"),
     [
         ("llama", [], {}, UserError, "was not solved for GPUs: prune with --values w4 or w8, or give --type"),
-        ("llama", ["q4_k"], {}, UserError, "--type 'q4_k' is no kind for GPUs; choose w8 or w4"),
+        ("llama", ["q4_k"], {}, UserError, "--type 'q4_k' is not a kind for GPUs; choose w8 or w4"),
         ("llama", ["w4"], {"template": "a.gguf"}, UserError, "--to compressed-tensors takes no --template"),
         ("llama", ["w4"], {"out": "model"}, OutputError, "model"),
         ("mixtral", ["w4"], {}, ModelError, "experts.* is an expert of a fused tensor, and transformers"),

@@ -269,9 +269,9 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(words, tmp_
     down = "model.layers.0.mlp.down_proj"
     with pytest.raises(ModelError, match=f"'{down}' is 80 wide, which Q4_K does not take"):
         matched(tmp_path / "narrow.gguf", narrow)[0].size_of(down, "Q4_K")
-    with pytest.raises(UserError, match="'Q9' is no type of GGUF"):
+    with pytest.raises(UserError, match="'Q9' is not a GGUF type"):
         template.size_of(down, "Q9")
-    with pytest.raises(ModelError, match=r"'nothing' is no matrix of"):
+    with pytest.raises(ModelError, match=r"'nothing' is not a matrix of"):
         matched(path, folder, ["nothing"])
     with pytest.raises(
         CheckpointError, match=r"payload of 'blk.0.ffn_down.weight' is uint8 \[64, 1\]; expected"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tawny
-from tawny.calibration.mixture import Mixture
+from tawny.calibration.mixture import TextMixture
 from tawny.calibration.text import Text
 from tawny.calibration.windows import TokenisedText
 from tawny.errors import ModelError, NumericalError, OutputError, RecipeError, TextError, UserError
@@ -616,10 +616,10 @@ def test_a_named_text_is_held_out_from_its_end(monkeypatch):
     first: list[int | None] = [None]
 
     def loaded(given, role="calibration", *_):
-        return Mixture((Text("wiki", role, 1, ""),))
+        return TextMixture((Text("wiki", role, 1, ""),))
 
     def tokenised(text, tokenizer, bos, around):
-        role = text.texts[0].text if isinstance(text, Mixture) else text.text
+        role = text.texts[0].text if isinstance(text, TextMixture) else text.text
         return TokenisedText(ids[role], first[0])
 
     monkeypatch.setattr(data, "load_texts", loaded)

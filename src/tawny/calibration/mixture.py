@@ -138,7 +138,7 @@ def texts_identity(given: Texts) -> list[list[Any]]:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class TextMixture:
     """Texts and their shares; most often one text and 1."""
 
     texts: tuple[Text, ...]
@@ -180,7 +180,7 @@ def load_texts(
     role: Role = "calibration",
     tokenizer: Any = None,
     own: Callable[[float], Text] | None = None,
-) -> Mixture:
+) -> TextMixture:
     """The texts behind names and paths.
 
     Args:
@@ -209,7 +209,7 @@ def load_texts(
             texts.append(_chat(source.messages, source.spec, tokenizer))
         else:
             texts.append(load_text(source.spec, role))
-    return Mixture(tuple(texts), tuple(source.share for source in sources))
+    return TextMixture(tuple(texts), tuple(source.share for source in sources))
 
 
 def _chat(path: str, name: str, tokenizer: Any) -> Text:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tawny.calibration.mixture import Mixture, first_token
+from tawny.calibration.mixture import TextMixture, first_token
 from tawny.calibration.text import Text
 from tawny.errors import RecipeError, TextError
 
@@ -81,7 +81,7 @@ class TokenisedText:
 
 
 def tokenise(
-    text: Mixture | Text | str, tokenizer: Any, bos: bool | None = None, *, around: bool = False
+    text: TextMixture | Text | str, tokenizer: Any, bos: bool | None = None, *, around: bool = False
 ) -> TokenisedText:
     """The whole text, tokenised once; of several each for itself.
 
@@ -94,7 +94,7 @@ def tokenise(
     Raises:
         RecipeError: `bos` asks for what the tokenizer does not have.
     """
-    if isinstance(text, Mixture):
+    if isinstance(text, TextMixture):
         whole = [tokenise(one, tokenizer, bos, around=around) for one in text.texts]
         if len(whole) == 1:
             return whole[0]
@@ -189,7 +189,7 @@ def held_out_windows(
 ) -> torch.Tensor:
     """At most `count` windows of `length` tokens that overlap none of `sample_windows(text, samples, seqlen, seed)`.
 
-    They come in an order of chance, so that the first few are from all of the text, too.
+    They come in random order, so that the first few are from all of the text, too.
 
     Raises:
         TextError: the samples leave fewer than two.

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.mixture import Mixture, Texts, load_texts
+from tawny.calibration.mixture import TextMixture, Texts, load_texts
 from tawny.calibration.text import Text
 from tawny.calibration.windows import SEED_APART, check_windows, evaluation_windows, texts_of, tokenise
 from tawny.decoding.author import author_of
@@ -93,7 +93,7 @@ class Windows:
 
     ids: Tensor
     stride: int
-    text: Mixture | None = None
+    text: TextMixture | None = None
     size: int = 0  # UTF-8 bytes of what is predicted; 0 when only tokens were given
     bos: bool = False  # the first token of each is not part of the text
     of: tuple[int, ...] = ()  # the text that each window is of, by number; empty where all are of one
@@ -209,7 +209,7 @@ def windows_of(
 
 
 def _windows_of_text(
-    text: Mixture, seqlen: int, windows: int | None, stride: int | None, tokenizer: Any, bos: bool | None
+    text: TextMixture, seqlen: int, windows: int | None, stride: int | None, tokenizer: Any, bos: bool | None
 ) -> Windows:
     if stride is not None and not 1 <= stride <= seqlen:
         raise RecipeError(

@@ -97,7 +97,9 @@ def _schemes(ours: Matrices, folder: Path, type: str | None, group: int | None) 
     elif type.lower() in GPU_KINDS:
         kinds = dict.fromkeys(ours.linears, type.lower())
     else:
-        raise UserError(f"--type {type!r} is no kind for GPUs; choose {names_of(GPU_KINDS.values(), ' or ')}")
+        raise UserError(
+            f"--type {type!r} is not a kind for GPUs; choose {names_of(GPU_KINDS.values(), ' or ')}"
+        )
     if not kinds:
         raise UserError(
             f"{folder} was not solved for GPUs: prune with --values w4 or w8, or give --type to round by best scales"

@@ -37,7 +37,7 @@ _ROWS = 4096  # converted at a time
 
 
 @dataclass(frozen=True)
-class Target:
+class FileTensor:
     """One tensor of the file: where its numbers come from and how they are stored."""
 
     name: str
@@ -66,7 +66,7 @@ class _Export:
         self.factors = rope_factors(config, self.architecture, frequencies)
         self.words = int(self.model.get_input_embeddings().weight.shape[0])
 
-    def plan(self, kind: str | None) -> list[Target]:
+    def plan(self, kind: str | None) -> list[FileTensor]:
         """Every tensor of the file, in its order; without a `kind` matrices keep the type they have."""
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -87,12 +87,12 @@ class _Export:
                         f"{target!r} has no place in the architecture {self.architecture.name!r} of llama.cpp; use {CONVERTER}"
                     )
                 shape = tuple(parameters[target].shape)
-                planned.append(Target(name, shape, kind if len(shape) > 1 else "F32", unit))
+                planned.append(FileTensor(name, shape, kind if len(shape) > 1 else "F32", unit))
         if self.factors is not None:
-            planned.append(Target("rope_freqs.weight", tuple(self.factors.shape), "F32", None))
+            planned.append(FileTensor("rope_freqs.weight", tuple(self.factors.shape), "F32", None))
         return planned
 
-    def slabs(self, tensor: Target) -> Iterator[Tensor]:
+    def slabs(self, tensor: FileTensor) -> Iterator[Tensor]:
         """The numbers of a tensor as llama.cpp wants them, float32, some rows at a time."""
         if tensor.unit is None:
             assert self.factors is not None
@@ -109,7 +109,7 @@ class _Export:
         heads, key_heads = (int(self.header[f"attention.head_count{end}"]) for end in ("", "_kv"))
         return self.architecture.changed(name, values, heads, key_heads)
 
-    def places(self, planned: list[Target]) -> dict[str, list[Place]]:
+    def places(self, planned: list[FileTensor]) -> dict[str, list[Place]]:
         """Where each matrix stands in the file."""
         names = {self.matrices.key(name): name for name in self.matrices.names}
         places = {}
@@ -125,7 +125,7 @@ class _Export:
         return places
 
 
-def _check(values: Tensor, data: Any, tensor: Target) -> int:
+def _check(values: Tensor, data: Any, tensor: FileTensor) -> int:
     """Compare what is in the file with what was meant; returns how many exact zeros were kept."""
     import gguf
 
@@ -195,7 +195,7 @@ def _first(out: Path, filled: bool) -> Iterator[Path]:
 
 
 def _write(
-    path: Path, work: _Export, planned: list[Target], keys: dict[str, Key], name: str, progress: Progress
+    path: Path, work: _Export, planned: list[FileTensor], keys: dict[str, Key], name: str, progress: Progress
 ) -> None:
     import gguf
 
@@ -227,7 +227,7 @@ def _write(
     writer.close()
 
 
-def _compare(path: Path, work: _Export, planned: list[Target], progress: Progress) -> int:
+def _compare(path: Path, work: _Export, planned: list[FileTensor], progress: Progress) -> int:
     """Open the file again and compare every tensor with the checkpoint; returns the zeros that were kept."""
     from gguf import GGUFReader
 

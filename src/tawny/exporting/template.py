@@ -105,7 +105,7 @@ class Matrices:
         key = self.linears[name].key if name in self.linears else name
         key = key if key in self._units else f"{key}.weight"
         if key not in self._units:
-            raise ModelError(f"{name!r} is no matrix of {self.checkpoint.folder}")
+            raise ModelError(f"{name!r} is not a matrix of {self.checkpoint.folder}")
         return key
 
     def unit(self, name: str) -> Unit:
@@ -134,7 +134,7 @@ class Matrices:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _TemplateTensor:
     """A tensor of the template: `[…, height, width]` from byte `start` of the file on."""
 
     name: str
@@ -194,7 +194,7 @@ class _Way:
 class _Share:
     """What of a tensor one matrix takes: some rows, and for the first matrix in it what fills up the whole."""
 
-    tensor: _Held
+    tensor: _TemplateTensor
     rows: int
     first: bool
 
@@ -324,7 +324,7 @@ class Template:
     def _padded(self, size: int) -> int:
         return size + -size % self.alignment
 
-    def _kind(self, tensor: _Held, payloads: Mapping[str, Payload]) -> str:
+    def _kind(self, tensor: _TemplateTensor, payloads: Mapping[str, Payload]) -> str:
         """The type that a tensor gets."""
         owners = self._owners.get(tensor.name, [])
         kinds = {payloads[name].kind if name in payloads else "" for name in owners}
@@ -366,7 +366,7 @@ class Template:
 
     def _pieces(
         self,
-        tensor: _Held,
+        tensor: _TemplateTensor,
         kind: str,
         fillers: Mapping[Slot, tuple[Payload, Place]],
         source: BufferedReader,
@@ -425,9 +425,9 @@ class Template:
                 progress.step(tensor.name)
 
 
-def _held(tensor: Any) -> _Held:
+def _held(tensor: Any) -> _TemplateTensor:
     shape = tuple(int(size) for size in reversed(tensor.shape))
-    return _Held(tensor.name, tensor.tensor_type.name, shape, int(tensor.data_offset))
+    return _TemplateTensor(tensor.name, tensor.tensor_type.name, shape, int(tensor.data_offset))
 
 
 def _head_of(reader: Any) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -459,7 +459,7 @@ def file_type(kind: str) -> int:
 
 
 def _found(
-    path: Path, tensors: Sequence[_Held], source: Matrices, names: Sequence[str], progress: Progress
+    path: Path, tensors: Sequence[_TemplateTensor], source: Matrices, names: Sequence[str], progress: Progress
 ) -> dict[str, list[Place]]:
     """Where each matrix stands.
 
@@ -505,7 +505,7 @@ def _found(
     return {name: places[name] for name in names}
 
 
-def _of_tensor(file: BufferedReader, tensor: _Held, way: _Way) -> Digests:
+def _of_tensor(file: BufferedReader, tensor: _TemplateTensor, way: _Way) -> Digests:
     each = _row_bytes(tensor.width, tensor.kind)
     count = max(1, _PIECE // tensor.width)
     pieces = [
@@ -562,7 +562,7 @@ def _sizes(kind: str) -> tuple[int, int]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if kind not in GGMLQuantizationType.__members__:
-        raise UserError(f"{kind!r} is no type of GGUF; expected one such as Q8_0")
+        raise UserError(f"{kind!r} is not a GGUF type; expected one such as Q8_0")
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     return int(block), int(size)
 

@@ -44,7 +44,7 @@ class _Stop(Exception):
 
 
 class _Misfit(Exception):
-    """A forward fails behind stand-ins that give something else than blocks do."""
+    """A forward fails after stand-ins that give something else than blocks do."""
 
 
 class _Other:

@@ -8,7 +8,7 @@ from tawny.errors import CheckpointError
 from tawny.kernels import native
 from tawny.kernels.scales import long
 from tawny.kinds import KINDS
-from tawny.packed.format import Form, PackedTensor
+from tawny.packed.format import PackedForm, PackedTensor
 
 
 def check(packed: PackedTensor, name: str = "weight") -> None:
@@ -34,7 +34,7 @@ def check(packed: PackedTensor, name: str = "weight") -> None:
         if not 0 <= (nnz := int(offsets[-1])) <= packed.shape[0] * packed.shape[1]:
             raise refuse(f"{nnz} survivors in a weight of shape {packed.shape}")
     coded = "exponents" in packed.tensors
-    wanted = Form(packed.shape, packed.values, packed.group, nnz, packed.whole, coded).tensors()
+    wanted = PackedForm(packed.shape, packed.values, packed.group, nnz, packed.whole, coded).tensors()
     if wanted.keys() != packed.tensors.keys():
         raise refuse(f"tensors {sorted(packed.tensors)} where {sorted(wanted)} belong")
     for key, (dtype, size) in wanted.items():

@@ -34,7 +34,7 @@ from tawny.packed.choice import LinearForm, PackingKinds, experts_by_parameter, 
 from tawny.packed.folder import PackedFolder, PackedLinearEntry, header_of
 from tawny.packed.format import PackedTensor
 from tawny.packed.install import check_ends, ends_of, table_of
-from tawny.packed.places import Place, places_of
+from tawny.packed.places import CheckpointPlace, places_of
 from tawny.packed.writer import PackedWriter
 from tawny.progress import Progress, silent
 from tawny.recipe.files import load_recipe
@@ -152,7 +152,7 @@ class _FolderPacking:
             self.writer.dense.append(linear.name)
             self._left_dense(linear, sparsity, stored.nbytes, sparsity)
         else:
-            self._add(linear.name, packed, Place([source]), linear.transposed, sparsity)
+            self._add(linear.name, packed, CheckpointPlace([source]), linear.transposed, sparsity)
             self._compare(packed, W_OI)
         self.done.add(source)
 
@@ -192,7 +192,7 @@ class _FolderPacking:
         self,
         name: str,
         packed: PackedTensor,
-        place: Place,
+        place: CheckpointPlace,
         transposed: bool,
         sparsity: float,
         embedding: str | None = None,
@@ -268,7 +268,7 @@ class _FolderPacking:
         first = next(iter(weights.values()))
         packed = pack_end(first, kind, name)
         sparsity = 1 - int(torch.count_nonzero(first)) / first.numel()
-        self._add(name, packed, Place(list(weights)), False, sparsity, embedding)
+        self._add(name, packed, CheckpointPlace(list(weights)), False, sparsity, embedding)
         self.done.update(weights)
 
 

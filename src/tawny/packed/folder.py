@@ -30,7 +30,7 @@ from tawny.model.checkpoint import Checkpoint
 from tawny.model.tensorfile import DTYPES, NAMES, TensorEntry
 from tawny.model.tensorfile import entries as tensors_in
 from tawny.packed import checking, format
-from tawny.packed.format import Form, PackedTensor
+from tawny.packed.format import PackedForm, PackedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file of the dense checkpoint: its name, and the JSON that it began with."""
 
     file: str
@@ -131,8 +131,8 @@ class PackedLinearEntry:
     short: StrictBool = False
 
     @property
-    def form(self) -> Form:
-        return Form(self.shape, self.values, self.group, self.nnz, self.whole, self.short)
+    def form(self) -> PackedForm:
+        return PackedForm(self.shape, self.values, self.group, self.nnz, self.whole, self.short)
 
     @property
     def parameter(self) -> str | None:
@@ -179,7 +179,7 @@ class _Index:
     tensors: dict[str, StoredTensor]
     shards: dict[str, Count]
     dense: list[str]
-    source: list[Source]
+    source: list[SourceFile]
     source_index: str | None
     linears: dict[str, PackedLinearEntry]
     weight_map: dict[str, str]
@@ -276,8 +276,8 @@ class PackedFolder:
         for key, (dtype, shape) in entry.wanted().items():
             tensor = self.tensors.get(f"{name}.{key}")
             if tensor is None or DTYPES[tensor.dtype] != dtype or tuple(tensor.shape) != shape:
-                found = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
-                raise self._refuse(f"{name}.{key}", f"{found} where {NAMES[dtype]} {list(shape)} belongs")
+                stored = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+                raise self._refuse(f"{name}.{key}", f"{stored} where {NAMES[dtype]} {list(shape)} belongs")
 
     def _experts(self) -> dict[str, list[PackedLinearEntry]]:
         """Experts by the fused parameter they are part of, in their order."""

@@ -56,7 +56,7 @@ PADDING = 64  # bytes after the last value, because kernels load whole vectors
 
 
 @dataclass(frozen=True)
-class Form:
+class PackedForm:
     """What the types and shapes of a packed weight's tensors follow from.
 
     Attributes:
@@ -80,21 +80,21 @@ class Form:
         out, columns = self.shape
         groups, blocks = -(-out // ROWS), -(-columns // COLUMNS)
         stored = kind.stored(groups * blocks * ROWS * COLUMNS if self.whole else self.nnz)
-        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         if not self.whole:
-            found["masks"] = (torch.int64, (groups, blocks, ROWS))
-            found["offsets"] = (torch.int64, (groups + 1,))
-        found["values"] = (kind.dtype, (stored + PADDING // kind.dtype.itemsize,))
+            tensors["masks"] = (torch.int64, (groups, blocks, ROWS))
+            tensors["offsets"] = (torch.int64, (groups + 1,))
+        tensors["values"] = (kind.dtype, (stored + PADDING // kind.dtype.itemsize,))
         if kind.scaled:
             rows = (groups * ROWS,)
-            found["scales"] = torch.float32, rows
+            tensors["scales"] = torch.float32, rows
             if group:
                 dtype = torch.uint8 if self.short else torch.bfloat16
-                found["scales"] = dtype, (groups, -(-blocks * COLUMNS // group), ROWS)
+                tensors["scales"] = dtype, (groups, -(-blocks * COLUMNS // group), ROWS)
             if self.short:
-                found["exponents"] = torch.uint8, rows
-            found["sums"] = (torch.float32, rows)
-        return found
+                tensors["exponents"] = torch.uint8, rows
+            tensors["sums"] = (torch.float32, rows)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,10 @@ class PackedTensor:
         return self.shape[0] * self.shape[1] if self.whole else int(self.tensors["offsets"][-1])
 
     @property
-    def form(self) -> Form:
-        return Form(self.shape, self.values, self.group, self.nnz, self.whole, "exponents" in self.tensors)
+    def form(self) -> PackedForm:
+        return PackedForm(
+            self.shape, self.values, self.group, self.nnz, self.whole, "exponents" in self.tensors
+        )
 
     @property
     def nbytes(self) -> int:

@@ -25,7 +25,7 @@ _REGISTRIES = {
 }
 
 
-class _Loader(importlib.abc.Loader):
+class _RegisteringLoader(importlib.abc.Loader):
     """The module's own loader, and our registration after it."""
 
     def __init__(self, inner: Any, ours: str) -> None:
@@ -61,7 +61,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, _REGISTRIES[fullname][1])
+            spec.loader = _RegisteringLoader(spec.loader, _REGISTRIES[fullname][1])
         return spec
 
 

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from tawny.errors import UserError
 from tawny.kernels import native, ops
 from tawny.packed import format, operators
-from tawny.packed.format import Form, PackedTensor
+from tawny.packed.format import PackedForm, PackedTensor
 
 _TENSORS = ("masks", "values", "offsets", "scales", "exponents", "sums")
 
@@ -81,7 +81,7 @@ class PackedLinear(nn.Module):
     @classmethod
     def empty(
         cls,
-        form: Form,
+        form: PackedForm,
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,

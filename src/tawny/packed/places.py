@@ -14,7 +14,7 @@ from tawny.model.linears import Linear
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointPlace:
     """Where a checkpoint holds one weight: in tensors of its own, whose rows follow each other, or at `index` in a common one."""
 
     sources: list[str]
@@ -24,7 +24,7 @@ class Place:
 
 def places_of(
     unit: Unit, stored: Mapping[str, Tensor], fused: Tensor, experts: Sequence[Linear]
-) -> list[Place] | None:
+) -> list[CheckpointPlace] | None:
     """Where each expert of a fused parameter comes from; None where the parameter is not just its tensors put together.
 
     That is found by comparing weights, so that nothing need be known of what transformers does to a layout.
@@ -36,7 +36,9 @@ def places_of(
     if len(unit.sources) == 1:
         (source,) = unit.sources
         same = _same(stored[source], fused)
-        return [Place(unit.sources, index=number) for number in range(len(experts))] if same else None
+        return (
+            [CheckpointPlace(unit.sources, index=number) for number in range(len(experts))] if same else None
+        )
     by_pattern: dict[str, list[str]] = {}
     for source, pattern in zip(unit.sources, unit.patterns, strict=True):
         by_pattern.setdefault(pattern, []).append(source)
@@ -49,7 +51,8 @@ def places_of(
             for expert, of in zip(experts, places, strict=True)
         ):
             return [
-                Place(of, rows=_rows(expert, of, stored)) for expert, of in zip(experts, places, strict=True)
+                CheckpointPlace(of, rows=_rows(expert, of, stored))
+                for expert, of in zip(experts, places, strict=True)
             ]
     return None
 

@@ -29,7 +29,7 @@ from tawny.solvers.grid import Grid
 from tawny.solvers.output import damped
 from tawny.solvers.refit import refit
 
-# The samples of a walk that prunes: behind the pruned blocks, and behind the dense ones.
+# The samples of a walk that prunes: after pruned blocks, and after dense ones.
 PRUNED, DENSE = "pruned", "dense"
 
 
@@ -245,8 +245,8 @@ class PrunedBlock:
     def few_bits(self) -> dict[str, tuple[Kind, int | None]]:
         """The kinds that a training keeps to. int8 loses next to nothing when it is rounded afterwards."""
         group, named = self.job.recipe.values.group_size, {x.name: self._kind(x) for x in self.linears}
-        found = {name: kind_of(kind) for name, kind in named.items() if kind is not None}
-        return {name: (kind, group) for name, kind in found.items() if kind.bits < 8}
+        kinds = {name: kind_of(kind) for name, kind in named.items() if kind is not None}
+        return {name: (kind, group) for name, kind in kinds.items() if kind.bits < 8}
 
     def known(self, linear: Linear, statistics: Statistics | None) -> Statistics | None:
         """What a solve goes by: the statistics, or blind ones for an expert that no token was routed to."""

@@ -27,12 +27,12 @@ class OutputFactors:
         """By linear name, those of one block; of what is there no more than `factor`."""
         if self._folder is None or factor == "none":
             return {}
-        found: dict[str, dict[str, Tensor]] = {}
+        parts_of_linears: dict[str, dict[str, Tensor]] = {}
         for key, value in read_tensors(file_of(self._folder, block)).items():
             name, _, part = key.rpartition("/")
             if factor == "whole" or not part.isdigit():
-                found.setdefault(name, {})[part] = value.to(device)
-        return {name: factor_of(parts) for name, parts in found.items()}
+                parts_of_linears.setdefault(name, {})[part] = value.to(device)
+        return {name: factor_of(parts) for name, parts in parts_of_linears.items()}
 
 
 def file_of(folder: Path, block: int) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import PushToHubMixin
 
 from tawny.calibration.inputs import read_inputs
-from tawny.calibration.mixture import Mixture, in_words, load_texts
+from tawny.calibration.mixture import TextMixture, in_words, load_texts
 from tawny.calibration.text import Text
 from tawny.calibration.windows import TokenisedText, sample_windows, tokenise
 from tawny.decoding.author import author_of
@@ -386,7 +386,7 @@ def _calibration(
         give_back()
         return written
 
-    def load(seed: int, times: int) -> Mixture:
+    def load(seed: int, times: int) -> TextMixture:
         return load_texts(wanted.text, "calibration", tokenizer, partial(own, seed, times))
 
     with clock("text"):

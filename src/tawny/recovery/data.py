@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tawny.calibration.mixture import Mixture, load_texts
+from tawny.calibration.mixture import TextMixture, load_texts
 from tawny.calibration.text import NAMED_TEXTS, Text
 from tawny.calibration.windows import (
     TokenisedText,
@@ -218,7 +218,7 @@ def _spread(windows: Tensor, most: int) -> Tensor:
     return windows if count <= most else windows[torch.arange(most) * count // most]
 
 
-def _check_read(loaded: Mixture, each: Sequence[Tensor]) -> None:
+def _check_read(loaded: TextMixture, each: Sequence[Tensor]) -> None:
     """Refuse a text of which nothing would be read."""
     turns = shared_out(_TURN, loaded.shares)
     for text, share, windows, read in zip(loaded.texts, loaded.shares, each, turns, strict=True):

@@ -48,12 +48,12 @@ def parse_size(given: str | float | None, what: str = "memory") -> int | None:
         return None
     number = isinstance(given, (int, float)) and not isinstance(given, bool)
     text = f"{given:f}" if number else str(given)
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    parsed = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     try:
-        assert found is not None
-        unit = found[2].upper()
-        scale = 1024 ** "_KMGT".index(unit) if found[3] and unit else _UNITS[unit]
-        size = int(float(found[1]) * scale)
+        assert parsed is not None
+        unit = parsed[2].upper()
+        scale = 1024 ** "_KMGT".index(unit) if parsed[3] and unit else _UNITS[unit]
+        size = int(float(parsed[1]) * scale)
     except (AssertionError, ValueError, OverflowError):
         raise RecipeError(f"{what} {given!r} is not a size: write for example 6GB or 800MB") from None
     if size <= 0:

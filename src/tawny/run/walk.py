@@ -33,7 +33,7 @@ class Block:
     """One loaded block of a walk.
 
     Attributes:
-        streams: the samples in front of the block, by name; behind it once a visitor has advanced them.
+        streams: the samples before the block, by name; after it once a visitor has advanced them.
         wanted: names of the streams that something receives after the block: of all, or at the end of the walk of those
             whose end is wanted.
     """
