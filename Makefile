@@ -113,7 +113,6 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/serving.py
-	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/readme.py
 
 # Every generated page, table and picture, then every link: a page that leads nowhere fails.
