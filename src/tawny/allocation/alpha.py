@@ -20,8 +20,6 @@ spectrum without a tail (all eigenvalues equal, a zero matrix) has α = ∞, rec
 
 from __future__ import annotations
 
-__all__ = ["Alpha", "hill_alpha", "spectrum"]
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +29,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, LinearInfo, Linears, Profile
+from tawny.allocation.budget import exact
+from tawny.allocation.profile import Allocation, Allocator, LinearInfo, Linears, Profile
 from tawny.errors import NumericalError
 
 Fit = Literal["mid", "peak"]

@@ -13,15 +13,13 @@ depth is counted from the first block that holds linears to the last.
 
 from __future__ import annotations
 
-__all__ = ["Atp", "largest_beta"]
-
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
-from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, Profile
+from tawny.allocation.budget import exact
+from tawny.allocation.profile import Allocation, Allocator, Profile
 from tawny.allocation.scores import half_band
 from tawny.errors import RecipeError
 

@@ -9,15 +9,13 @@ another (docs/log/blend.md), so it is there to be tried, and `tawny search` trie
 
 from __future__ import annotations
 
-__all__ = ["Blend"]
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tawny.allocation.budget import Allocation, exact
+from tawny.allocation.budget import exact
 from tawny.allocation.joint import Joint
-from tawny.allocation.profile import Allocator, LinearInfo, Linears, Profile
+from tawny.allocation.profile import Allocation, Allocator, LinearInfo, Linears, Profile
 from tawny.allocation.registry import SINGLE
 from tawny.calibration.output import Factor
 from tawny.calibration.statistics import Needs

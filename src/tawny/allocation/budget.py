@@ -17,20 +17,6 @@ from tawny.allocation.profile import Allocation, Profile
 from tawny.errors import NumericalError, RecipeError
 from tawny.patterns import removed_count
 
-__all__ = [
-    "Allocation",
-    "bisect",
-    "exact",
-    "given_blocks",
-    "given_members",
-    "given_nm",
-    "mixed_bits",
-    "mixed_nm",
-    "spread_in_blocks",
-    "whole_members",
-    "whole_ranks",
-]
-
 _THREE_DECIMALS = 5.1e-4  # 0.333 is how people write 2:3
 _MISSED = 1e-3  # of all weights: what equal widths of all blocks may miss a target by
 

@@ -16,8 +16,6 @@ linear at every level, the allocation is nearly the same (docs/log/curves.md).
 
 from __future__ import annotations
 
-__all__ = ["LEVELS", "Curves", "prices"]
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +26,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tawny.allocation.budget import Allocation, bisect, exact
-from tawny.allocation.profile import Allocator, Linears, Profile, largest
+from tawny.allocation.budget import bisect, exact
+from tawny.allocation.profile import Allocation, Allocator, Linears, Profile, largest
 from tawny.allocation.scores import bin_edges, histogram, score_sets, wanda_scores
 from tawny.calibration.output import Factor
 from tawny.calibration.statistics import Needs, Statistics

@@ -10,16 +10,14 @@ The median is exact (the lower one for an even number of weights); equal blocks 
 
 from __future__ import annotations
 
-__all__ = ["Dlp"]
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, Linears, Profile, largest
+from tawny.allocation.budget import exact
+from tawny.allocation.profile import Allocation, Allocator, Linears, Profile, largest
 from tawny.allocation.scores import HalfBand, band, exact_quantile, score_sets, wanda_scores
 from tawny.calibration.statistics import Needs
 

@@ -8,12 +8,10 @@ paper (2310.05175): on a language model, whose blocks have equal shapes, they kn
 
 from __future__ import annotations
 
-__all__ = ["Er", "ErPlus"]
-
 from dataclasses import dataclass
 
-from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, Profile
+from tawny.allocation.budget import exact
+from tawny.allocation.profile import Allocation, Allocator, Profile
 from tawny.errors import RecipeError
 
 

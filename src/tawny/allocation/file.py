@@ -25,8 +25,6 @@ number must keep a whole n of every m weights of its linear.
 
 from __future__ import annotations
 
-__all__ = ["AllocationLine", "File", "read_entries", "resolve"]
-
 import contextlib
 import hashlib
 import json

@@ -13,8 +13,6 @@ the total is exact.
 
 from __future__ import annotations
 
-__all__ = ["Global"]
-
 import base64
 import zlib
 from bisect import bisect_left, bisect_right
@@ -25,8 +23,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, Linears, Profile, largest
+from tawny.allocation.budget import exact
+from tawny.allocation.profile import Allocation, Allocator, Linears, Profile, largest
 from tawny.allocation.scores import BINS, Score, histogram, magnitude_scores, score_sets, wanda_scores
 from tawny.calibration.statistics import Needs
 

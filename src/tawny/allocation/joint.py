@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Joint", "Survey"]
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable

@@ -13,8 +13,6 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-__all__ = ["choose", "hull"]
-
 
 def hull(costs: Sequence[float], sizes: Sequence[float]) -> list[int]:
     """The levels on the lower convex hull of (size, cost), by size; the first is the smallest, costs fall strictly."""

@@ -18,8 +18,6 @@ Shapes: O = out, I = in, R = rows of a tile, K = columns of a group.
 
 from __future__ import annotations
 
-__all__ = ["Lsa", "half_removal_error"]
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -27,8 +25,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, Linears, Profile, largest
+from tawny.allocation.budget import exact
+from tawny.allocation.profile import Allocation, Allocator, Linears, Profile, largest
 from tawny.allocation.scores import HalfBand, band, half_band
 from tawny.calibration.statistics import Needs
 from tawny.errors import NumericalError

@@ -30,8 +30,6 @@ from tawny.allocation.scores import band, column_sums, count_above
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError, check_option
 
-__all__ = ["Owl", "measure_outliers"]
-
 Granularity = Literal["block", "module", "linear"]
 Unit = TypeVar("Unit", int, tuple[int, str])
 

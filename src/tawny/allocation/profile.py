@@ -16,8 +16,6 @@ from torch import Tensor
 from tawny.calibration.output import Factor
 from tawny.calibration.statistics import Needs, Statistics
 
-__all__ = ["Allocation", "Allocator", "LinearInfo", "Linears", "Measuring", "Profile", "largest"]
-
 DEFAULT_M = 5.0  # OWL's own
 
 Linears = Mapping[str, tuple[Tensor, Statistics | None]]

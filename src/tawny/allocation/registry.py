@@ -5,8 +5,6 @@ A new allocator is one file and one entry here. The room's face adds those that 
 
 from __future__ import annotations
 
-__all__ = ["SINGLE"]
-
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.atp import Atp
 from tawny.allocation.curves import Curves

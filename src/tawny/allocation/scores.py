@@ -10,21 +10,6 @@ Shapes: O = out, I = in.
 
 from __future__ import annotations
 
-__all__ = [
-    "HalfBand",
-    "band",
-    "bin_edges",
-    "column_sums",
-    "count_above",
-    "exact_quantile",
-    "half_band",
-    "histogram",
-    "magnitude_parts",
-    "magnitude_scores",
-    "score_sets",
-    "wanda_scores",
-]
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated

@@ -8,8 +8,6 @@ from typing import Literal
 from tawny.allocation import budget
 from tawny.allocation.profile import Allocation, Allocator, Profile
 
-__all__ = ["Uniform"]
-
 
 @dataclass(frozen=True)
 class Uniform(Allocator):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from tawny.allocation.budget import Allocation
+from tawny.allocation.profile import Allocation
 from tawny.choosing.space import Levels, Space
 
 # Divergence of each candidate on the numbered windows. Candidates come together because they share work.

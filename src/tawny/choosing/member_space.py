@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tawny.allocation.budget import Allocation, whole_members
-from tawny.allocation.profile import LinearInfo, Profile
+from tawny.allocation.budget import whole_members
+from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.choosing.level import Level
 from tawny.choosing.space import Levels, Space, WeightSpace, make_space, repaired
 from tawny.pruning.prepare import Job

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import LinearInfo
+from tawny.allocation.budget import exact
+from tawny.allocation.profile import Allocation, LinearInfo
 from tawny.choosing.level import Level
 from tawny.patterns import NM, Pattern
 

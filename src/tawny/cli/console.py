@@ -13,8 +13,6 @@ draws them; it loads rich, which `--help` has no time for.
 
 from __future__ import annotations
 
-__all__ = ["Console"]
-
 import json
 import os
 import sys

@@ -5,8 +5,6 @@ Only this file loads rich, and only a verb at work loads this file.
 
 from __future__ import annotations
 
-__all__ = ["bar_on", "drawn", "error_line", "page", "rich_on"]
-
 import os
 import re
 from collections.abc import Iterator, Sequence

@@ -7,8 +7,6 @@ def plan(model: Model, *, given: Given, console: Console) -> None:
 
 from __future__ import annotations
 
-__all__ = ["CHOSEN_BY_FIT", "Given", "recipe_verb"]
-
 import functools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence

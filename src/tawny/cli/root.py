@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["app", "main", "verb"]
-
 import inspect
 import io
 import sys

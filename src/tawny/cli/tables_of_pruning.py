@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["allocation_table", "recipe_words"]
-
 from collections.abc import Sequence
 
 from tawny.calibration.mixture import in_words, parse_texts

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["LineWatch", "Walk"]
-
 import time
 from typing import TextIO
 

@@ -14,8 +14,6 @@ written, so that a run that is stopped goes on with the next one.
 
 from __future__ import annotations
 
-__all__ = ["Author", "author_of"]
-
 import gc
 import hashlib
 import json

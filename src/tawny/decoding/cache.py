@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["cache_in", "holds_something", "reserved_layer"]
-
 import functools
 from typing import Any
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Conversation"]
-
 from collections.abc import Generator
 from pathlib import Path
 

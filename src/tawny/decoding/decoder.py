@@ -16,8 +16,6 @@ none reads the whole text again for each token. One whose rotary angles change a
 
 from __future__ import annotations
 
-__all__ = ["Decoder", "border_of"]
-
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator

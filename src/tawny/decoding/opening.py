@@ -6,8 +6,6 @@ place, the last takes them out again. Between steps nothing is locked and nothin
 
 from __future__ import annotations
 
-__all__ = ["Opened", "alone", "check_predicts", "open_model", "ready", "threads"]
-
 import contextlib
 import threading
 from collections.abc import Iterator

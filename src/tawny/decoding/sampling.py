@@ -7,8 +7,6 @@ left.
 
 from __future__ import annotations
 
-__all__ = ["Constraint", "Likelihood", "Sampler", "likelihood"]
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

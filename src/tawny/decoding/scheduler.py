@@ -15,8 +15,6 @@ quick. What goes wrong in one text ends that text alone. One thread may use a sc
 
 from __future__ import annotations
 
-__all__ = ["Listener", "ScheduledText", "Scheduler", "TextRequest", "Token", "Usage"]
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -15,8 +15,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Sequence", "Sequences", "bytes_of_text"]
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -19,8 +19,6 @@ Between products everything is float32; into products goes the model's own dtype
 
 from __future__ import annotations
 
-__all__ = ["Step", "find_rotary"]
-
 import ctypes
 import operator
 from collections.abc import Sequence

@@ -15,8 +15,6 @@ What this file promises:
 
 from __future__ import annotations
 
-__all__ = ["Generation", "Piece", "generate", "stream"]
-
 import contextlib
 import time
 from collections.abc import Callable, Generator

@@ -10,8 +10,6 @@ its keys and values included (qwen3-moe, dense, benchmarks/results/decode.json).
 
 from __future__ import annotations
 
-__all__ = ["kernels"]
-
 import contextlib
 from collections.abc import Iterator
 

@@ -5,18 +5,6 @@ A piece of text is given out once its last character is whole: a character of se
 
 from __future__ import annotations
 
-__all__ = [
-    "Message",
-    "Prompt",
-    "StopStrings",
-    "TextPieces",
-    "Tokenizer",
-    "check_prompt",
-    "decode",
-    "end_tokens",
-    "tokens_of",
-]
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 

@@ -11,8 +11,6 @@ Bought: 1.4 to 1.7 × the tokens a second (1.1B shape, int8 at 70 %, AVX2, two t
 
 from __future__ import annotations
 
-__all__ = ["WORTH", "exchanged"]
-
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence

@@ -10,8 +10,6 @@ made is the last.
 
 from __future__ import annotations
 
-__all__ = ["Full", "Submission", "Worker"]
-
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -7,8 +7,6 @@ order of their names. They are read and walked block by block in parts, so that 
 
 from __future__ import annotations
 
-__all__ = ["Accuracy", "accuracy"]
-
 import hashlib
 import math
 import time

@@ -11,8 +11,6 @@ made a few hundred tokens at a time. Divergences are taken in float32 and added 
 
 from __future__ import annotations
 
-__all__ = ["Agreement", "agreement"]
-
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ added to this process: resident memory afterwards minus before it was opened, in
 
 from __future__ import annotations
 
-__all__ = ["Against", "Speed", "bench", "quartiles"]
-
 import statistics
 import time
 from collections import Counter

@@ -14,8 +14,6 @@ What this file promises:
 
 from __future__ import annotations
 
-__all__ = ["Comparison", "compare"]
-
 import contextlib
 import json
 import math

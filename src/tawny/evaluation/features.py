@@ -17,8 +17,6 @@ float64. ± is sd over samples / √samples.
 
 from __future__ import annotations
 
-__all__ = ["Features", "features"]
-
 import math
 import time
 from collections.abc import Mapping

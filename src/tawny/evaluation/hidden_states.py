@@ -7,8 +7,6 @@ under everything that this depends on: the model's files, the windows, dtype, de
 
 from __future__ import annotations
 
-__all__ = ["kept_stream", "stream_through"]
-
 import contextlib
 import hashlib
 import json

@@ -8,8 +8,6 @@ A class is a name in the model's `id2label`, or its number.
 
 from __future__ import annotations
 
-__all__ = ["FOLDER", "Labelled", "check_labels", "read_labels"]
-
 import csv
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ask", "batch_sizes", "language_model"]
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

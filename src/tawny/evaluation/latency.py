@@ -6,8 +6,6 @@ round answers one batch of random tokens or pixels; a first one warms up and is 
 
 from __future__ import annotations
 
-__all__ = ["Latency", "inputs_for", "latency"]
-
 import statistics
 import time
 from collections import Counter

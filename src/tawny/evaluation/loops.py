@@ -5,8 +5,6 @@ A pruned model may predict text nearly as well as before, and still fall into a 
 
 from __future__ import annotations
 
-__all__ = ["Loops", "loops"]
-
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path

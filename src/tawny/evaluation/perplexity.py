@@ -14,8 +14,6 @@ the tokenizer, no BOS in windows but the first (`bos=False`).
 
 from __future__ import annotations
 
-__all__ = ["Perplexity", "evaluate"]
-
 import math
 import time
 from collections.abc import Iterator, Sequence

@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "FEWSHOT_SEED",
-    "INSTALL",
-    "MEANING",
-    "PRESETS",
-    "find_manager",
-    "find_sources",
-    "load_task",
-    "quiet",
-]
-
 import contextlib
 import functools
 import logging

@@ -13,8 +13,6 @@ What this file promises:
 
 from __future__ import annotations
 
-__all__ = ["TaskData", "packaged_task_data"]
-
 import json
 import re
 from collections.abc import Callable, Iterable

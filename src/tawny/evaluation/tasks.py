@@ -17,8 +17,6 @@ The preset `owl7` is the seven tasks of the Wanda and OWL papers, which report `
 
 from __future__ import annotations
 
-__all__ = ["PRESETS", "TaskResult", "TaskResults", "evaluate_tasks", "task_names"]
-
 import contextlib
 import hashlib
 import json

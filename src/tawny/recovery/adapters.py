@@ -6,8 +6,6 @@ sparsity of 0 % (`lora-reprune` in benchmarks/results/recovery.json). Here the p
 
 from __future__ import annotations
 
-__all__ = ["mask_adapter"]
-
 from collections.abc import Callable
 from typing import Any
 

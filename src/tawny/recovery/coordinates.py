@@ -13,8 +13,6 @@ With values of few bits the vectors are what is rounded, and the scales are trai
 
 from __future__ import annotations
 
-__all__ = ["Coordinates", "Factors", "Survivors", "attach"]
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

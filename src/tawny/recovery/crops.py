@@ -10,8 +10,6 @@ What this file promises:
 
 from __future__ import annotations
 
-__all__ = ["Crops", "crops_of"]
-
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -8,16 +8,6 @@ reads what an uninterrupted one would have.
 
 from __future__ import annotations
 
-__all__ = [
-    "Reading",
-    "ReadingOrder",
-    "TrainingWindows",
-    "check_given",
-    "read",
-    "read_given",
-    "written_tokens",
-]
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence

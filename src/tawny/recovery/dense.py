@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["RecoveryRequest", "recover_dense"]
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field

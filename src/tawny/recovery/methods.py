@@ -5,8 +5,6 @@ To add a method, write what it makes of the linears of a block (a `Cover`) and i
 
 from __future__ import annotations
 
-__all__ = ["METHODS", "Covering", "Method"]
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal

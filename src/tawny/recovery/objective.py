@@ -13,8 +13,6 @@ the largest probability of a token is `exp(max − log Σ exp)`.
 
 from __future__ import annotations
 
-__all__ = ["Losses", "chunk_tokens", "distil", "match"]
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

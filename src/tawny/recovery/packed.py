@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["check_grid", "recover_packed", "several_kinds"]
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["NAN", "RecoveryRecord", "draw"]
-
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -10,8 +10,6 @@ model (dense.py).
 
 from __future__ import annotations
 
-__all__ = ["recover"]
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -7,8 +7,6 @@ Like a recipe it refuses an unknown key with its nearest neighbour and spells ou
 
 from __future__ import annotations
 
-__all__ = ["SEEING_RATE", "Recovery"]
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal

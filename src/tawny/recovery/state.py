@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Shelf", "Standing"]
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -9,8 +9,6 @@ teacher's embedding, norm and head, shared with the student where they are equal
 
 from __future__ import annotations
 
-__all__ = ["Teacher", "check_not_own_teacher", "check_teacher", "check_tokenizers", "is_own_teacher"]
-
 import json
 import math
 from collections.abc import Sequence

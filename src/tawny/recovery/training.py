@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Training"]
-
 import math
 import signal
 import sys

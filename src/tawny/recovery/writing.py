@@ -6,14 +6,6 @@ its files are hashed anew, and `recovery` sums up what became of them. Card and 
 
 from __future__ import annotations
 
-__all__ = [
-    "card",
-    "is_made",
-    "retell",
-    "tell_run",
-    "write",
-]
-
 import json
 import math
 import re

@@ -17,8 +17,6 @@ The product of a LoRA adapter is masked in the forward (adapters.py), so that wh
 
 from __future__ import annotations
 
-__all__ = ["SparsityCallback", "SparsityGuard", "keep_sparsity", "merge_adapter"]
-
 import warnings
 import weakref
 from collections.abc import Callable, Iterator

@@ -6,8 +6,6 @@ a pruned model is bound by the licence of the model it was made from.
 
 from __future__ import annotations
 
-__all__ = ["CARD", "front_matter", "model_card", "opening", "packed_note"]
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["caption", "compared", "failures", "to_html", "to_markdown", "write"]
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -10,8 +10,6 @@ It is the first figure of the OWL paper (2310.05175) drawn for one run. What is 
 
 from __future__ import annotations
 
-__all__ = ["PALETTE", "WIDTHS", "DepthRow", "depth_figure", "draw_panels", "log_scale", "to_page"]
-
 import io
 import math
 import re

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Form", "choice_of_blocks", "choice_of_experts", "form_of", "samples_shown", "whole_kind"]
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -6,8 +6,6 @@ Frames are made from the same dictionaries that `--json` prints and records hold
 
 from __future__ import annotations
 
-__all__ = ["Frame", "Marked", "Result", "Shown", "escaped", "facts", "markdown", "parts", "table"]
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

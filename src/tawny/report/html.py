@@ -11,8 +11,6 @@ What it promises:
 
 from __future__ import annotations
 
-__all__ = ["NAME", "depth_of", "render_report", "write_report"]
-
 import math
 import re
 import shlex

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["or_say", "render", "write_beside"]
-
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path

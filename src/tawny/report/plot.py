@@ -7,16 +7,6 @@ are drawn as they are: two dollar signs in a path are not a formula.
 
 from __future__ import annotations
 
-__all__ = [
-    "figure_of",
-    "legend_under",
-    "plot_allocations",
-    "plot_fit",
-    "plot_profile",
-    "save",
-    "style_of",
-]
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

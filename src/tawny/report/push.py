@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PushReport", "check_folder", "push"]
-
 import glob
 import hashlib
 import json

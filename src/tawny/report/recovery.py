@@ -5,8 +5,6 @@ It loads nothing, as the report of a pruning does. What was measured on held-out
 
 from __future__ import annotations
 
-__all__ = ["curve_figure", "known", "render_recovery", "write_recovery"]
-
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -4,25 +4,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ENDS",
-    "afterwards",
-    "by_block",
-    "finalists",
-    "fit_facts",
-    "made_with",
-    "mean_of",
-    "measured_on",
-    "measurements",
-    "phases",
-    "quality",
-    "recovered_since",
-    "recovery_words",
-    "rounded_since",
-    "summary",
-    "trace",
-]
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

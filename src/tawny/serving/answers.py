@@ -6,8 +6,6 @@ requests one by one; it returns the chunks that a stream sends for each, and has
 
 from __future__ import annotations
 
-__all__ = ["Answer", "Service"]
-
 import functools
 import json
 import re

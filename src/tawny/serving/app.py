@@ -5,8 +5,6 @@ A request is prepared beside the loop, given to the worker, and its events are a
 
 from __future__ import annotations
 
-__all__ = ["make_app"]
-
 import asyncio
 import contextlib
 import functools

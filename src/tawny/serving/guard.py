@@ -7,8 +7,6 @@ Where there is a key, it decides instead: such a page does not know it, and a pr
 
 from __future__ import annotations
 
-__all__ = ["Guard", "is_loopback"]
-
 import asyncio
 import hmac
 import ipaddress

@@ -5,15 +5,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ChatRequest",
-    "CompletionRequest",
-    "Refused",
-    "SamplingFields",
-    "error_body",
-    "explain",
-]
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal

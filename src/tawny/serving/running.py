@@ -6,8 +6,6 @@ to forget what still runs.
 
 from __future__ import annotations
 
-__all__ = ["Running", "Streamed", "as_refused", "late", "whole"]
-
 import asyncio
 import contextlib
 import functools

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Server", "serve"]
-
 import contextlib
 import socket
 import sys

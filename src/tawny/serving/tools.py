@@ -6,8 +6,6 @@ The name of the model or of the format is never asked. A template whose argument
 
 from __future__ import annotations
 
-__all__ = ["Beginning", "CallFormat", "ToolCall", "Watched"]
-
 import json
 import re
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Connection", "Web"]
-
 import asyncio
 import logging
 import socket

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["renumbered", "settings_of_depth"]
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

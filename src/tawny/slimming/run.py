@@ -9,8 +9,6 @@ they differ, its config.json says so block by block.
 
 from __future__ import annotations
 
-__all__ = ["Slimmed", "slim"]
-
 import json
 import re
 import time

@@ -6,8 +6,6 @@ the result (run.py).
 
 from __future__ import annotations
 
-__all__ = ["config_of_block", "described", "key_of_text", "settings_of_block"]
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
