@@ -5,8 +5,6 @@ The grid starts with what each allocator does when nothing is chosen, and holds 
 
 from __future__ import annotations
 
-__all__ = ["OWL_MS", "allocators_to_try", "surveyed"]
-
 import itertools
 from collections.abc import Iterator, Sequence
 

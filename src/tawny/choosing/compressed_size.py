@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CompressedSize", "kinds_of"]
-
 import json
 from collections.abc import Sequence
 from typing import final

@@ -6,8 +6,6 @@ that agree on the first blocks go through them together. Memory is that of pruni
 
 from __future__ import annotations
 
-__all__ = ["Reference", "Scorer"]
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ decided on windows that took no part: uniform against the best of what was found
 
 from __future__ import annotations
 
-__all__ = ["Outcome", "Proposal", "Trial", "evolve"]
-
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Judged", "apart", "judge_all", "lead_over_uniform"]
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

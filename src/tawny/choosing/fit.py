@@ -15,8 +15,6 @@ The held-out windows are drawn, with the recipe's seed, from what the calibratio
 
 from __future__ import annotations
 
-__all__ = ["fit"]
-
 import math
 import shlex
 from collections.abc import Mapping

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Fitted", "deliver", "tell"]
-
 import json
 import re
 import shutil

@@ -5,8 +5,6 @@ Each is made, weighed and delivered here; a new one is an entry of FORMS.
 
 from __future__ import annotations
 
-__all__ = ["FORMS", "Form", "check_aim"]
-
 import hashlib
 import json
 from collections.abc import Mapping

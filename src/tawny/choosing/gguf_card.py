@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["gguf_card"]
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["GGUFSize", "fit_widths", "kinds_named"]
-
 from collections.abc import Sequence
 from typing import final
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["REACTIONS", "Measured", "keep_measured", "read_measured", "take_measured"]
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["KindSpace", "make_kind_space"]
-
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ nats, relative to a rounding that was measured, is in `Measures`; what it takes 
 
 from __future__ import annotations
 
-__all__ = ["KINDS_TRIED", "PROBE", "SPARSITIES", "UNMEASURED", "Level", "Measures", "levels_tried"]
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

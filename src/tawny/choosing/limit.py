@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Room", "Target", "check_target", "room_for"]
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ how many heads should go with the channels.
 
 from __future__ import annotations
 
-__all__ = ["MemberSpace", "SparsitySpace", "make_member_space", "space_of"]
-
 import functools
 import random
 from collections import Counter

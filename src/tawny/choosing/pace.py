@@ -8,8 +8,6 @@ are not counted, so a model is a little slower than this says; what it really do
 
 from __future__ import annotations
 
-__all__ = ["Pace", "ReadPerToken", "check_kernels", "measured_pace"]
-
 import math
 import time
 from collections import Counter

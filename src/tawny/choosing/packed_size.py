@@ -6,8 +6,6 @@ index in decimal numbers is not known before, so there the longest number is tak
 
 from __future__ import annotations
 
-__all__ = ["PackedSize"]
-
 import json
 import math
 from collections import Counter

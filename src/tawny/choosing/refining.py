@@ -9,8 +9,6 @@ as one that never stopped. The result is one more finalist. Held-out text decide
 
 from __future__ import annotations
 
-__all__ = ["refine"]
-
 import math
 import shutil
 from functools import partial

@@ -7,8 +7,6 @@ quicker solver. So what wins there need not win in a run.
 
 from __future__ import annotations
 
-__all__ = ["HELD_OUT", "Restore", "rehearse", "rehearsing"]
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace

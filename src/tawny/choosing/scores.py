@@ -7,8 +7,6 @@ mean is the same whether its windows were measured together, apart, or before a 
 
 from __future__ import annotations
 
-__all__ = ["Scores", "WindowSums", "lead", "mean"]
-
 import hashlib
 import json
 import math

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Searched", "accepts_allocation", "facts_of", "tell", "write"]
-
 import json
 import math
 import shlex

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Limit", "Sizes"]
-
 from collections.abc import Sequence
 from typing import Protocol
 

@@ -8,8 +8,6 @@ before them, and a model that is put together from such solutions says little of
 
 from __future__ import annotations
 
-__all__ = ["LevelStore", "Solved", "level_dtype", "solve_levels"]
-
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ from one block to another of the same shape, keeps the budget to the weight.
 
 from __future__ import annotations
 
-__all__ = ["Levels", "Space", "WeightSpace", "make_space", "repaired"]
-
 import math
 import random
 from abc import ABC, abstractmethod

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Finalist", "Table"]
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -67,8 +67,6 @@ from tawny.solvers.output import DAMP, Damped, damped
 from tawny.solvers.powers import CACHED, CHUNK, ROWS, SMALLEST_RHO, Scaled, parts, waiting_bytes, wide
 from tawny.solvers.refit import refit
 
-__all__ = ["Alps", "Scaled"]
-
 _CHECK = 3  # iterations between two looks at the support
 _FARTHEST = 0.45  # a threshold that has moved by a larger share is looked for everywhere
 _SETTLED, _SETTLED_AFTER = 3e-4, 30

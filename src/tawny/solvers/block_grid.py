@@ -23,8 +23,6 @@ from tawny.gguf_kinds import GGUF_KINDS, GGUFKind, fitting
 from tawny.kinds import dividing, solved_kind
 from tawny.solvers.grid import Grid, Rounding, ScaledGrid, cached_parts, reciprocal
 
-__all__ = ["BlockGrid", "grid_of", "rounded"]
-
 _ROWS = 4096  # of a large matrix that are rounded at a time
 _TRIES = 12  # of scales of a group with a minimum, around the one that spans it
 _ROUNDS = 2  # of d and dmin, and s and m by these

@@ -11,8 +11,6 @@ Shapes: R = rows of a diagonal block, I = in.
 
 from __future__ import annotations
 
-__all__ = ["WIDEST", "Eigenbases"]
-
 from collections.abc import Callable
 from functools import partial
 

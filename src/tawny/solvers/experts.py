@@ -12,18 +12,6 @@ Shapes: E = experts, T = tokens, K = experts picked for a token, H = hidden, O =
 
 from __future__ import annotations
 
-__all__ = [
-    "ExpertSolver",
-    "ExpertsSeen",
-    "Fisher",
-    "Frequency",
-    "Missing",
-    "Reap",
-    "leave_one_by_one",
-    "refit_experts",
-    "removed_experts",
-]
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol

@@ -16,8 +16,6 @@ from tawny.calibration.statistics import Needs
 from tawny.solvers.base import require_finite
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of, input_moments
 
-__all__ = ["Flap"]
-
 
 @dataclass(frozen=True)
 class Flap(MemberSolver):

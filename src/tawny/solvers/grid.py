@@ -25,17 +25,6 @@ from torch import Tensor
 from tawny.kernels.fit import fit as kernel
 from tawny.kinds import half_steps
 
-__all__ = [
-    "ACCIDENTS",
-    "Grid",
-    "Rounding",
-    "ScaledGrid",
-    "cached_parts",
-    "kept_on_grid",
-    "largest",
-    "reciprocal",
-]
-
 Rounding = Callable[[Tensor], Tensor]
 _SHARES = [0.55 + 0.5 * i / 7 for i in range(8)]  # of the scale that reaches the largest value
 _DWARFS = 48  # times the median of its row

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from tawny.errors import NumericalError
 
-__all__ = ["factorise", "inverse_of_factor", "invert", "with_damping"]
-
 _BLOCK = 256
 _RETRIES = 3
 

@@ -17,8 +17,6 @@ from tawny.solvers.experts import ExpertSolver, ExpertsSeen
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
 from tawny.solvers.output import roots
 
-__all__ = ["Magnitude"]
-
 
 @dataclass(frozen=True)
 class Magnitude(MaskSolver, MemberSolver, ExpertSolver):

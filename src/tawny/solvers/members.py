@@ -21,8 +21,6 @@ from tawny.calibration.statistics import Needs
 from tawny.errors import NumericalError
 from tawny.solvers.base import Seen, Work
 
-__all__ = ["Chosen", "Coupled", "MemberSolver", "Producer", "chosen", "column_sums_of", "input_moments"]
-
 
 @dataclass(frozen=True)
 class Producer:

@@ -35,8 +35,6 @@ from tawny.solvers.members import Chosen, Coupled, MemberSolver, input_moments
 from tawny.solvers.output import damped
 from tawny.solvers.refit import refit
 
-__all__ = ["Obs"]
-
 _DELAYED = 256  # columns: a product of so many is bound by arithmetic, not by memory
 
 

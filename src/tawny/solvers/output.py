@@ -16,8 +16,6 @@ Shapes: O = out, R = rows of a diagonal block, I = in.
 
 from __future__ import annotations
 
-__all__ = ["DAMP", "Damped", "damped", "roots", "row_roots"]
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -25,18 +25,6 @@ from torch import Tensor
 from tawny.precision import native_dtype
 from tawny.solvers.inverse import factorise, inverse_of_factor
 
-__all__ = [
-    "CACHED",
-    "CHUNK",
-    "ROWS",
-    "SMALLEST_RHO",
-    "Scaled",
-    "eigenbasis",
-    "parts",
-    "waiting_bytes",
-    "wide",
-]
-
 CHUNK = 1 << 22  # weights a product takes at once,
 ROWS = 1024  # or so many rows: every product arranges the whole inverse again
 CACHED = 1 << 16  # weights whose elementwise work stays in a core's cache

@@ -27,8 +27,6 @@ from tawny.precision import native_dtype
 from tawny.solvers.base import energy, require_finite
 from tawny.solvers.output import Damped
 
-__all__ = ["refit"]
-
 _CHUNK = 1 << 22  # weights whose six scratch copies live at once: 100 MB,
 _ROWS = 1024  # or so many rows where products are bfloat16: each of these arranges the whole H again
 

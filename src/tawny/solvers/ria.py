@@ -25,8 +25,6 @@ from torch import Tensor
 from tawny.patterns import Pattern, Scope, zeros_first
 from tawny.solvers.base import MaskSolver, Needs, Seen, input_norms, keep_highest
 
-__all__ = ["RIA"]
-
 
 @dataclass(frozen=True)
 class RIA(MaskSolver):

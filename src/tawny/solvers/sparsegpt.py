@@ -50,8 +50,6 @@ from tawny.solvers.grid import Grid, Rounding, kept_on_grid
 from tawny.solvers.inverse import with_damping
 from tawny.solvers.output import row_roots
 
-__all__ = ["SparseGPT", "Swept"]
-
 _PANEL = 128  # rows of Rᵀ that are factorised at a time
 _DIGITS = 1e-3  # an error that is a smaller part of the damped one is not worth taking from it
 _STEP = 16  # columns that are corrected by matrix-vector products before the next matrix-matrix product

@@ -23,8 +23,6 @@ from tawny.patterns import Pattern, Scope
 from tawny.solvers.base import Damp, Needs, Seen, Solution, Solver, input_hessian
 from tawny.solvers.grid import Grid
 
-__all__ = ["Svd"]
-
 
 @dataclass(frozen=True)
 class Svd(Solver):

@@ -19,8 +19,6 @@ from tawny.solvers.base import MaskSolver, Needs, Seen, input_norms, keep_highes
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
 from tawny.solvers.output import roots
 
-__all__ = ["Wanda"]
-
 
 @dataclass(frozen=True)
 class Wanda(MaskSolver, MemberSolver):
