@@ -1,0 +1,82 @@
+"""The table of whole experts: solvers and the refit beside other ways to the same bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from statistics import mean, stdev
+from typing import Any
+
+ORDER = ("reap", "fisher", "frequency", "magnitude", "channels")
+
+
+def experts(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a solver, a column a share; then loops, bytes and where it was measured."""
+    setting, cells, source = result["setting"], result["cells"], result["source"]
+    near = "; ".join(
+        f"on {text} KL {found['kl']:.3f}, perplexity {found['perplexity']:.2f} (SmolLM2: {found['dense']:.2f})"
+        for text, found in source["texts"].items()
+    )
+    parts = [
+        f"{setting['model']}: 16 experts a block, of which a token gets 8. Beside its source: {near}. Calibrated on {setting['samples']} × "
+        f"{setting['seqlen']} tokens of {setting['calibration']}, one seed; {setting['windows']} windows of {setting['eval_seqlen']} tokens. "
+        "Each cell is the KL from the whole mixture (its difference from reap in the same column, ± over windows), and the perplexity.\n"
+    ]
+    rows: dict[str, dict[float, Mapping[str, Any]]] = {}
+    for name, cell in cells.items():
+        what, share, rest = re.fullmatch(r"(\w+):?([0-9.]*)(.*)", name).groups()  # type: ignore[union-attr]
+        label = what + rest.replace(":uniform", "").replace(":", ", ").replace("+refit", " + refit")
+        if share:
+            rows.setdefault(label, {})[float(share)] = cell
+    shares = sorted({share for row in rows.values() for share in row})
+    names = sorted(rows, key=lambda label: (ORDER.index(re.split(r"\W", label)[0]), label))
+    for text in setting["texts"]:
+        parts += [
+            f"| {text} | {' | '.join(f'{share:.1%}'.replace('.0%', '%') for share in shares)} |",
+            "|---" * (1 + len(shares)) + "|",
+            *(
+                f"| {_named(label)} | {' | '.join(_shown(rows, label, share, text) for share in shares)} |"
+                for label in names
+            ),
+            "",
+        ]
+    sizes = ", ".join(
+        f"{cell['bytes'] / 1e6:.0f} MB at {share:.0%}" for share, cell in sorted(rows["reap"].items())
+    )
+    packed = "".join(
+        f" Packed in {name} the whole mixture takes {cell['bytes'] / 1e6:.0f} MB, at KL "
+        + " and ".join(f"{cell['texts'][text]['kl']:.4f}" for text in setting["texts"])
+        + "."
+        for name, cell in cells.items()
+        if ":" not in name
+    )
+    parts.append(f"Files: {source['bytes'] / 1e6:.0f} MB before, {sizes}.{packed}\n")
+    if setting["loops"]:
+        looped = [
+            f"{_named(label)} at {share:.0%}: {cell['loops']}"
+            for label in names
+            for share, cell in sorted(rows[label].items())
+            if cell["loops"] is not None
+        ]
+        parts.append(
+            f"Loops among {setting['loops']} continuations of 128 tokens: the whole mixture {source['loops']}; {'; '.join(looped)}.\n"
+        )
+    parts.append(f"<sub>{result['machine']['cpu']}, {result['date']}.</sub>\n")
+    return "\n".join(parts)
+
+
+def _named(label: str) -> str:
+    return "channels of all experts (`obs`), slimmed" if label == "channels" else label
+
+
+def _shown(rows: Mapping[str, Mapping[float, Mapping[str, Any]]], label: str, share: float, text: str) -> str:
+    if share not in rows[label]:
+        return "–"
+    own = rows[label][share]["texts"][text]
+    kl, perplexity = f"{own['kl']:.3f}", f"{own['perplexity']:.2f}"
+    if label == "reap" or share not in rows["reap"]:
+        return f"{kl}, {perplexity}"
+    against = rows["reap"][share]["texts"][text]
+    apart = [a - b for a, b in zip(own["kl_by_window"], against["kl_by_window"], strict=True)]
+    signed = f"{mean(apart):+.3f} ± {stdev(apart) / len(apart) ** 0.5:.3f}".replace("-", "−")
+    return f"{kl} ({signed}), {perplexity}"
