@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from numpy.polynomial import Chebyshev, Polynomial
@@ -163,7 +163,8 @@ def _weighed(powers: list[Tensor], shares: list[float], rows: slice) -> Tensor:
     return sum_RI
 
 
-def _nearest(a: float) -> list[float]:
+@cache  # linears go through the same penalties
+def _nearest(a: float) -> tuple[float, ...]:
     """Coefficients, from the constant on, of the polynomial that is nearest to 1/(1 + x) between 0 and a, as a share of it.
 
     With X = (H' + ρI)⁻¹, that of H' + (ρ + shift)I is X(I + shift·X)⁻¹, and shift·X has its eigenvalues between 0 and
@@ -173,7 +174,7 @@ def _nearest(a: float) -> list[float]:
     chebyshev = Chebyshev.basis(_DEGREE + 1)
     along = chebyshev.convert(kind=Polynomial)(Polynomial([1, -2 / a]))
     quotient = (1 - along / chebyshev(1 + 2 / a)) // Polynomial([1, 1])
-    return [float(share) for share in quotient.coef]
+    return tuple(float(share) for share in quotient.coef)
 
 
 def wide(rows: int, width: int) -> bool:
