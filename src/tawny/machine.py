@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +140,18 @@ def cpu_features() -> list[str]:
 
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
+    packages = ("tawny", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version()} | {package: _version(package) for package in packages}
+
+
+@cache
+def _version(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {"python": platform.python_version()}
-    for package in ("tawny", "torch", "transformers", "safetensors", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    return versions
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def machine() -> dict[str, Any]:

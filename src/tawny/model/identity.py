@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -99,13 +100,18 @@ def tokens_identity(samples: Samples | None) -> str | None:
 
 def code_identity(*more: str) -> dict[str, str]:
     """Versions of the libraries, and one hash of the sources that compute; `more`: rooms that decide as well."""
+    return {**versions(), "sources": _digest_of_sources(*_DECIDING, *more)}
+
+
+@cache  # a process runs the sources that it began with
+def _digest_of_sources(*rooms: str) -> str:
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for name in (*_DECIDING, *more):
+    for name in rooms:
         files = [root / name] if (root / name).is_file() else (root / name).rglob("*")
         for path in sorted(x for x in files if x.suffix in _SOURCES):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return {**versions(), "sources": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def own_code(*parts: object) -> dict[str, str]:

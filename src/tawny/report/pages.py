@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tawny.progress import Progress
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
 def render(template: str, **view: Any) -> str:
     """A template of this package filled with `view`; a name it lacks is an error."""
+    return _environment().get_template(template).render(view)
+
+
+@cache  # it keeps templates compiled
+def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -24,7 +33,6 @@ def render(template: str, **view: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(view)
 
 
 def or_say(path: Path, make: Callable[[], object], progress: Progress) -> bool:
