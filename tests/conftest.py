@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ import torch
 from tawny import precision
 from tawny.cpu import PRODUCTS
 from tawny.kernels import native
+from tawny.report import figures, plot, recovery
 
 torch.set_num_threads(1)
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+IN_EARNEST = figures.draw_panels, plot.save
 
 
 def pytest_report_header():
@@ -33,6 +36,31 @@ def gradients():
     enabled = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert enabled, "gradients were left off"
+
+
+@contextmanager
+def pictures(draw_panels, save):
+    """While it lasts, pages and folders get their pictures from these."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (figures, recovery):
+            patch.setattr(module, "draw_panels", draw_panels)
+        patch.setattr(plot, "save", save)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """To draw takes longer than a tiny run does: pictures are empty where `drawn` is not asked for."""
+    empty = "<svg></svg>", 1, lambda x: x
+    with pictures(lambda *_, **__: empty, lambda _, path: path.write_text("a picture")):
+        yield
+
+
+@pytest.fixture
+def drawn():
+    """Ask for it where a picture is looked at."""
+    with pictures(*IN_EARNEST):
+        yield
 
 
 @pytest.fixture(params=PRODUCTS)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.report.conftest import drawn  # noqa: F401
+
 
 def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -106,7 +106,7 @@ def test_experts_and_odd_families_are_searched_like_any_other(family):
     assert found.levels["count"] == 3
 
 
-def test_the_same_search_gives_the_same_and_prune_takes_its_file(dense, tmp_path):
+def test_the_same_search_gives_the_same_and_prune_takes_its_file(drawn, dense, tmp_path):
     options = {"refit": True, "search.candidates": "owl,dlp,atp,lsa", "search.trials": 40}
     first, second = (search(dense, tmp_path / f"{name}.yaml", **options) for name in "ab")
     assert first.allocation == second.allocation and first.trials == second.trials

@@ -422,7 +422,7 @@ def text(tmp_path_factory):
     return path
 
 
-def test_the_verbs_work_on_a_real_folder_from_plan_to_inspection(run, model, text, tmp_path):
+def test_the_verbs_work_on_a_real_folder_from_plan_to_inspection(drawn, run, model, text, tmp_path):
     out = tmp_path / "pruned"
     data = ("--calibration", text, "--samples", 4, "--seqlen", 32, "-o", "compute=float32")
     code, shown, err = run("plan", model, "-s", 0.5, *data)

@@ -111,7 +111,7 @@ def test_the_allocator_of_the_guide_works(monkeypatch):
     assert targets[spread.index(max(spread))] == min(targets.values()) < max(targets.values())
 
 
-def test_the_pictures_are_drawn_from_the_committed_run(tmp_path):
+def test_the_pictures_are_drawn_from_the_committed_run(drawn, tmp_path):
     script = runpy.run_path(str(SCRIPTS / "docs_images.py"))
     import json
 
