@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import json
 
 import pytest
@@ -68,12 +69,11 @@ def dense(tmp_path):
     return tmp_path / "dense"
 
 
-# Every pair of allocator and solver, and each of these with every pattern.
+# Every pair of solver and pattern, with allocators in turn.
 PATTERNS = ["unstructured", "row", "matrix", "2:4", "3:8"]
+TURNS = itertools.cycle(name for name in ALLOCATORS if name != "file")
 CASES = [
-    (allocator, solver, PATTERNS[(i + j) % len(PATTERNS)])
-    for i, allocator in enumerate(name for name in ALLOCATORS if name != "file")
-    for j, solver in enumerate(SOLVERS)
+    (allocator, *pair) for pair, allocator in zip(itertools.product(SOLVERS, PATTERNS), TURNS, strict=False)
 ]
 
 
