@@ -294,6 +294,21 @@ def test_a_probe_that_breaks_the_model_down_is_the_worst_of_all(dense, tmp_path,
     assert fitted.bytes and all(math.isfinite(value) for value in known.values()) and max(known.values()) > 1
 
 
+def test_a_kind_of_a_head_that_breaks_the_model_down_is_not_chosen(dense, tmp_path, monkeypatch):
+    measure, calls = Scorer.of_hidden, []
+
+    def breaking(self, *given):
+        calls.append(given)
+        if len(calls) == 1:
+            raise NumericalError("not a number")
+        return measure(self, *given)
+
+    monkeypatch.setattr(Scorer, "of_hidden", breaking)
+    fitted = tawny.fit(dense, tmp_path / "fitted", bits=9, **KEYS)
+    assert set(fitted.head) == {"int8", "int6", "int5", "int4", "int3"} and fitted.bytes
+    assert "int2" in tawny.fit(dense, tmp_path / "usual", bits=9, **KEYS).head
+
+
 def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     job = prepared(saved(tmp_path / "dense"))
     sizes = PackedSize(job)

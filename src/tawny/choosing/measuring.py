@@ -8,7 +8,7 @@
    tokens of a text x and g are both far from usual: `½ tr(G Δ H Δᵀ)` of their means is up to ten times too much.
 3. All linears of each role (such as every `q_proj`) are set to their probes, and the divergence of the output is measured:
    large errors, and those of several linears, leave the second order. What is felt shares it out.
-4. Head and embedding are rounded to each kind, as packing does it, and each is measured whole.
+4. Head and embedding are rounded to their coarsest kind, as packing does it, and each is measured whole.
 
 A level costs the linear's share, times the level's error over that of the probe; errors of zeros and bits add up. Nothing is
 solved here. A solver takes about the same share off all of these errors, and shares are all that choosing needs
@@ -60,6 +60,8 @@ PROBED = 1  # its number in the store
 ASKING = "asking"  # what the journal calls the walk back
 _FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
 _ROWS = 96  # of a linear that are solved at each level; up to twice as many where they are few
+_END_ROWS = 4096  # of a head or an embedding that tell the errors of its kinds
+_LARGE = 0.5  # nats from which a divergence follows the squared error no more
 _APART = 96  # times the smallest group of a row: 2⁷ is what eight bits hold, and a solve moves scales
 _FEW_TOKENS = 32  # what is usual in a role counts for so many, where a linear, such as an expert, saw few
 
@@ -260,27 +262,38 @@ def in_nats(felt: Mapping[str, Felt], lost: Mapping[str, float]) -> dict[str, fl
 def react_ends(session: Session, size: Sizes, scorer: Scorer) -> dict[str, dict[str, float]]:
     """Step 4: the divergence with the head rounded to each kind, and with an embedding of its own; nats a token.
 
+    The coarsest kind is measured, whose loss stands out from the rounding of forwards, and while it is large the next finer one.
+    Kinds finer than these cost their share of the last one's squared error.
     A kind of the `head` is that of an embedding which is tied to it, too.
     """
     stack, samples = session.job.stack, scorer.held_out
     lost: dict[str, dict[str, float]] = {"head": {}, "embedding": {}}
-    names = {"head": size.head, "embedding": size.embedding}
-    kinds = len(size.every_end) * sum(name is not None for name in names.values())
-    session.run.progress.phase("rounding head and embedding", kinds, "kinds")
+    ends = {"head": size.head, "embedding": size.embedding}
+    named = {end: name for end, name in ends.items() if name is not None and size.every_end}
+    session.run.progress.phase("rounding head and embedding", len(named), "matrices")
     stack.logits(samples.tokens[:1, :1], scorer.hidden[:1, :1])  # a head of its own is read now
-    for end, name in names.items():
-        module: Any = None if name is None else stack.model.get_submodule(name)
-        for kind in () if module is None else size.every_end:
-            lost[end][kind] = math.inf  # a model that breaks down is not chosen
+    for end, name in named.items():
+        module: Any = stack.model.get_submodule(name)
+        W = module.weight.detach()
+        some = W[:: max(1, len(W) // _END_ROWS)].contiguous()
+        errors = {
+            kind: float((size.rounded_end(some, kind, name).float() - some.float()).square().sum())
+            for kind in size.every_end
+        }
+        lost[end] = dict.fromkeys(errors, math.inf)  # a model that breaks down is not chosen
+        for probe in sorted(errors, key=errors.__getitem__, reverse=True):
             with suppress(NumericalError):
-                W = module.weight.detach()
-                rounded = size.rounded_end(W, kind, str(name))
-                hidden = scorer.hidden
-                if end == "embedding" or size.tied:
-                    hidden = _through(session, samples, size.tied or name, rounded)
+                rounded = size.rounded_end(W, probe, name)
+                tied = end == "embedding" or size.tied
+                hidden = _through(session, samples, size.tied or name, rounded) if tied else scorer.hidden
                 head = partial(_weight, module, rounded) if end == "head" else nullcontext
-                lost[end][kind] = max(0.0, scorer.of_hidden(hidden, head))
-            session.run.progress.step(f"{end} {kind}")
+                nats = max(0.0, scorer.of_hidden(hidden, head))
+                lost[end][probe] = nats
+                if nats < _LARGE:
+                    by = nats / errors[probe] if errors[probe] else 0.0
+                    lost[end] |= {kind: by * error for kind, error in errors.items() if error <= errors[probe]}
+                    break
+        session.run.progress.step(end)
     return lost
 
 

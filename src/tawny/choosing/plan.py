@@ -147,7 +147,7 @@ def plan_fit(
         finalists=[each.name for each in finalists],
         memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
         disk={"peak": disk, "packed": best.bytes},
-        seconds=_seconds(job, load, settings, len(finalists), len(sizes.every_end), measured is not None),
+        seconds=_seconds(job, load, settings, len(finalists), measured is not None),
         notes=[*notices(job, load.samples * load.seqlen), *notes, *filter(None, [few_bits(job)])],
     )
 
@@ -196,16 +196,15 @@ def _chosen(job: Job, sizes: Sizes, best: Finalist) -> dict[str, Any]:
     }
 
 
-def _seconds(
-    job: Job, load: Load, settings: FitSettings, finalists: int, ends: int, measured: bool
-) -> dict[str, float]:
+def _seconds(job: Job, load: Load, settings: FitSettings, finalists: int, measured: bool) -> dict[str, float]:
     """Of asking the output, measuring, reactions, and pruning and comparing finalists."""
     prune = seconds_of(job, load)
     forward = forward_seconds(job.stack)
     asked, length = asked_windows(settings, load.samples, load.seqlen)
     read = asked * length / (load.samples * load.seqlen)  # of the calibration
-    # Linears of a role at their probes, and the embedding in each kind.
-    models = len({role_of(x.name) for x in job.linears}) + ends
+    models = (
+        len({role_of(x.name) for x in job.linears}) + 1
+    )  # of each role at its probes, and with a rounded embedding
     reactions = settings.windows * length * forward * models
     judge = 2 * settings.deciding * length * forward
     numel = sum(x.numel for x in job.linears)
