@@ -6,6 +6,8 @@ A row of a weight is cut into blocks, a block into groups of columns. A weight i
 
 with d and dmin in float16 for each block, and integers s and m for each group. Types without s have s = 1; types without a
 minimum have m = 0. The layouts are those of llama.cpp; the `gguf` package reads what `encode` writes.
+
+A new type is one row of `_ROWS`, and one of `_SCALES` if it packs integers s and m.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The kinds of packed values: one table, read by kernels, recipes, the format, recovery, the command line, docs and tests.
 
-A new kind is one row here. Plain torch then packs, opens and multiplies it. One trait in kernels/generic.h and its code
-make the compiled kernels read it too. Nothing here imports torch before it computes, because `--help` shows the table.
+A new kind is one row here. Plain torch then packs, opens and multiplies it. For the compiled kernels it needs a number in
+kernels/tawny.h, and a trait and a case of `with_kind` in kernels/generic.h. Nothing here imports torch before it computes, because `--help` shows the table.
 """
 
 from __future__ import annotations

@@ -10,6 +10,10 @@ experts (model/mixtures.py) or blocks. Promises of masks of single weights:
   This is what a stable ascending sort would do.
 - Weights that are already zero go first: `zeros_first` gives them the score −∞, below every other.
 
+A new pattern of single weights is a class with its words in `parse_pattern`, its choice in `keep_mask`, and a case wherever
+solvers ask for `NM`. One of whole parts is checked in recipe/schema.py, allocated in pruning/profiling.py and walked by
+pruning/prepare.py. recipe/catalogue.py has a line for each.
+
 Shapes: O = out, I = in, M = the m of n:m, G = number of groups of m.
 """
 

@@ -101,7 +101,7 @@ class Measuring(Protocol):
 
 
 class Allocator(Measuring, Protocol):
-    """The interface; a new allocator is one file and one entry of ALLOCATORS, its fields are its options."""
+    """The interface; a new allocator is one file and one entry of `SINGLE` in registry.py, its fields are its options."""
 
     @property
     def as_given(self) -> bool:

@@ -1,6 +1,8 @@
 """Samples of what a model takes in the place of tokens: the loader of its batches.
 
-`model/structure.py` says what a model takes, and this is the one place that reads it from files. After it there are samples.
+model/structure.py says what a model takes, and this is the one place that reads calibration from files. After it there are
+samples. A new kind of input needs a loader as pictures.py is, its prefix in mixture.py, its processor in model/source.py and
+its random stand-in in model/structure.py; encoders train on it by recovery/crops.py.
 """
 
 from __future__ import annotations

@@ -291,7 +291,9 @@ def react_ends(session: Session, size: Sizes, scorer: Scorer) -> dict[str, dict[
                 lost[end][probe] = nats
                 if nats < _LARGE:
                     by = nats / errors[probe] if errors[probe] else 0.0
-                    lost[end] |= {kind: by * error for kind, error in errors.items() if error <= errors[probe]}
+                    lost[end] |= {
+                        kind: by * error for kind, error in errors.items() if error <= errors[probe]
+                    }
                     break
         session.run.progress.step(end)
     return lost

@@ -3,7 +3,7 @@
 Everything that decides a result is a key of the recipe; an option exists only for the keys that are used daily, all
 others are `-o KEY=VALUE` or a file with `-c`. torch and transformers are imported inside the verbs, so that help
 answers at once. Every verb turns a failure into one line and an exit code: 2 for what the user can put right, 1 for
-the rest. `--help` lists them in the order of this file.
+the rest. A new verb is a file here, and an import below: `--help` lists them in that order.
 """
 
 from __future__ import annotations

@@ -181,6 +181,7 @@ struct Trait<INT6> : FewTrait<6> {
 // `use(trait)` for a kind that is known only now.
 template <class F>
 inline auto with_kind(int32_t kind, F use) {
+    static_assert(KINDS == 9, "a new kind needs a case here");
     switch (kind) {
         case F32: return use(Trait<F32>{});
         case BF16: return use(Trait<BF16>{});

@@ -1,4 +1,4 @@
-"""What a recipe can name, read from the registries themselves, so that it cannot fall behind them."""
+"""What a recipe can name, read from the registries themselves. Patterns have none: `_PATTERNS` lists them."""
 
 from __future__ import annotations
 

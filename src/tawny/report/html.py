@@ -1,5 +1,8 @@
 """`report.html`: one page about one run, complete in itself, for people who were not there.
 
+`_tiles` has the numbers at its top, `_view` all that templates/report.html.j2 shows. Words that terminal and card share with
+it are made in view.py.
+
 What it promises:
 
 - It is made from the dictionary in `run.json` and from nothing else, so it can be made again anywhere:

@@ -1,4 +1,6 @@
-"""The application: paths of the OpenAI protocol, and what every request goes through.
+"""The application: every HTTP route of the server, and what every request goes through.
+
+Bodies of requests are in protocol.py, and the paths that need no key in guard.py.
 
 A request is prepared beside the loop, given to the worker, and its events are awaited (running.py).
 """
