@@ -44,7 +44,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLES: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"glance": glance, "owl": owl},
     "docs/encoders.md": {"encoders": encoders},
-    "docs/log/gguf.md": {"gguf_smollm2": gguf_files},
+    "docs/log/gguf.md": {"gguf_qwen": gguf_files, "gguf_smollm2": gguf_files},
     "docs/models.md": {"families": families},
     "docs/other-runtimes.md": {"runtimes": runtimes},
     "docs/results/recipes.md": {"recipes": recipes, "recipes_gemma": recipes},
