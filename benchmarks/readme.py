@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tables.encoders import encoder_speed, encoders, vision_study
 from tables.evidence import evidence
+from tables.experts import experts
 from tables.frontier import frontier
 from tables.gguf import gguf_files
 from tables.glance import glance, owl
@@ -44,6 +45,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLES: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"glance": glance, "owl": owl},
     "docs/encoders.md": {"encoders": encoders},
+    "docs/experts.md": {"experts": experts},
     "docs/log/gguf.md": {"gguf_qwen": gguf_files, "gguf_smollm2": gguf_files},
     "docs/models.md": {"families": families},
     "docs/other-runtimes.md": {"runtimes": runtimes},
