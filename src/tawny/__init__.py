@@ -68,6 +68,7 @@ __all__ = [
     "profile",
     "prune",
     "recover",
+    "recover_gradually",
     "search",
     "serve",
     "slim",
@@ -107,6 +108,7 @@ _NAMES = {
     "tawny.recipe.files": "load_recipe",
     "tawny.recipe.schema": "Recipe",
     "tawny.record": "Record",
+    "tawny.recovery.gradual": "recover_gradually",
     "tawny.recovery.record": "RecoveryRecord",
     "tawny.recovery.run": "recover",
     "tawny.recovery.settings": "Recovery",
@@ -147,6 +149,7 @@ if TYPE_CHECKING:
     from tawny.recipe.files import load_recipe
     from tawny.recipe.schema import Recipe
     from tawny.record import Record
+    from tawny.recovery.gradual import recover_gradually
     from tawny.recovery.record import RecoveryRecord
     from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery

@@ -8,7 +8,7 @@ import typer
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import RECIPE, Device, Out, StartOver, option
+from tawny.cli.options import RECIPE, Device, Out, RecipeFile, StartOver, option
 from tawny.cli.root import verb
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
@@ -22,7 +22,7 @@ TRAINING = "Training"
 @verb(
     "tawny recover pruned --teacher smollm2 --out recovered --text wiki --minutes 30",
     "tawny recover pruned --teacher Qwen/Qwen3-8B --out recovered --train lora --tokens 5M",
-    "tawny recover pruned --teacher smollm2 --out recovered --text wiki=0.5 --text code.txt=0.25 --text self=0.25",
+    "tawny recover smollm2 --teacher smollm2 --out recovered --through 0.4,0.55,0.65,0.7 --text wiki",
 )
 def recover(
     model: Annotated[str, typer.Argument(metavar="PRUNED", help="Folder of a pruned model.")],
@@ -42,6 +42,12 @@ def recover(
     values: str | None = option(
         "--values KIND", f"Train through the packed format's rounding: {names_of(scaled_kinds())}.", RECIPE
     ),
+    through: str | None = option(
+        "--through LIST",
+        "Prune to these sparsities in turn, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says otherwise.",
+        RECIPE,
+    ),
+    recipe: RecipeFile = None,
     overrides: list[str] | None = option(
         "-o --option KEY=VALUE",
         "Any other setting, such as batch=8 or kl=0.9 (see docs/recovery.md); repeatable.",
@@ -63,9 +69,14 @@ def recover(
     overwrite: StartOver = False,
 ) -> None:
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""
+    from tawny.errors import RecipeError
     from tawny.recipe.merge import parse_override
     from tawny.recovery.settings import Recovery
 
+    if recipe is not None and through is None:
+        raise RecipeError(
+            f"-c {recipe} says how to prune, and without --through nothing is pruned: add --through LIST or leave it out"
+        )
     named = dict(parse_override(given) for given in overrides or ())
     keys: dict[str, Any] = {
         "train": train,
@@ -77,8 +88,24 @@ def recover(
     settings = Recovery.make({key: value for key, value in keys.items() if value is not None} | named)
     check_device(settings.device)
     with console.progress() as progress:
-        record = tawny.recover(model, teacher, out, settings=settings, progress=progress, overwrite=overwrite)
+        how: dict[str, Any] = {"settings": settings, "progress": progress, "overwrite": overwrite}
+        if through is None:
+            record = tawny.recover(model, teacher, out, **how)
+        else:
+            steps = _sparsities(through)
+            record = tawny.recover_gradually(model, teacher or model, out, steps, recipe=recipe, **how)
     console.result(record.to_dict(), recovery_tables)
+
+
+def _sparsities(text: str) -> list[float]:
+    from tawny.errors import RecipeError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(
+            f"--through {text!r} is not a list of sparsities; give one such as 0.4,0.55,0.7"
+        ) from None
 
 
 def recovery_tables(record: Result) -> list[Frame]:

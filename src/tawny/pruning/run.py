@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tawny.allocation.profile import Allocation
 from tawny.errors import RecipeError
 from tawny.machine import peak_memory
+from tawny.model.source import resolve
 from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
@@ -57,6 +58,7 @@ def prune(
     | Path
     | Sequence[str | Path]
     | None = None,
+    author: str | Path | None = None,
     trust_remote_code: bool = False,
     **keys: Any,
 ) -> Record:
@@ -78,6 +80,8 @@ def prune(
         calibration: tokens `[samples, tokens]`, `(tokens, attention mask)`, or tensors by the names of the model's inputs. They are
             taken as they are. Else the name or path of a text, or several with shares (`["wiki=0.6", "code.jsonl=0.4"]`). Samples
             of a text begin with BOS as `calibration.bos` says.
+        author: the model that writes the text `self`, such as the dense one of a `source` that was pruned before; None:
+            `source`.
         trust_remote_code: let code that lies in a model's folder run.
 
     Returns:
@@ -95,7 +99,11 @@ def prune(
     with open_session(
         recipe,
         source,
-        Purpose(demand=demand_of, identity={"verb": "prune"}),
+        Purpose(
+            demand=demand_of,
+            author=None if author is None else resolve(author, progress.say),
+            identity={"verb": "prune"},
+        ),
         progress,
         place=None if out is None else Workplace(place_of(out)),
         overwrite=overwrite,

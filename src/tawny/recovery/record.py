@@ -28,6 +28,7 @@ class RecoveryRecord:
         seconds: wall time by phase and in all; of a run that was stopped, up to each state it went on from.
         tokens_per_second: of the training steps alone.
         stopped: why it ended: tokens, minutes, patience, or nan.
+        stages: of a gradual recovery, one a sparsity.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class RecoveryRecord:
     memory_before: int = 0
     bytes: int = 0
     warnings: list[str] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

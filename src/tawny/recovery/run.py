@@ -81,7 +81,7 @@ def recover(
     if isinstance(given, Tensor) and given.dim() == 2 and 0 not in given.shape:
         chosen = Recovery.make(chosen, seqlen=int(given.shape[1]))
     place = None if out is None else place_of(out)
-    record = _carry_out(
+    record = carry_out(
         RecoveryRequest(source, teacher, place, chosen, progress, overwrite, tokenizer, given, held_out)
     )
     if record.failure is not None:
@@ -89,7 +89,7 @@ def recover(
     return record
 
 
-def _carry_out(request: RecoveryRequest) -> RecoveryRecord:
+def carry_out(request: RecoveryRequest) -> RecoveryRecord:
     """`recover`, but a loss that became NaN is no error once a better model is written: `failure` of the record has it."""
     source, out, settings, progress = request.source, request.out, request.settings, request.progress
     if out is not None and not isinstance(source, nn.Module):
