@@ -1,9 +1,9 @@
 """Whole experts leave: seen, chosen, tried and cut out of a block, and said in config.json.
 
 Each block runs twice on what the blocks before it give without their experts: with all experts, which shows how often each is
-chosen and how much it adds, and without those that leave, for the next block. Between the two, `refit` moves those that stay. The checkpoint is written without them at once:
-a zero row of a router could still be chosen. Where all blocks keep equally many, the result is an ordinary checkpoint. Where they
-differ, `per_layer_config` says so, which Tawny opens.
+chosen and how much it adds, and without those that leave, for the next block. Between the two, `refit` moves those that stay.
+The checkpoint is written without them at once: a zero row of a router could still be chosen. Where all blocks keep equally many,
+the result is an ordinary checkpoint. Where they differ, `per_layer_config` says so, which Tawny opens.
 
 Which setting counts the experts is found by its value, and proven by the shapes of a model that has another one. At the end the
 result is opened, and computes what the source does without the experts.
@@ -47,9 +47,7 @@ from tawny.solvers.experts import ExpertsSeen, leave_one_by_one, removed_experts
 PROBE = "probe"  # what shows that the result computes what was meant
 _ASKED = "experts"  # the backward walk's name in the journal
 _CLOSE = 1e-3  # of what the models compute: sums of fewer numbers are added up in another order
-_ROUNDED = (
-    0.1  # the same where numbers are narrow, or another dtype is written: close scores may change places
-)
+_ROUNDED = 0.1  # where numbers are narrow or another dtype is written: close scores may change places
 _AGREED = 0.99  # of tokens: other sizes of a product round scores in another way, and near ones change places
 _PIECE = 512  # tokens whose experts' outputs are there at once
 
