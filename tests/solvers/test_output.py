@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -168,6 +168,7 @@ def test_a_refit_by_both_factors_reaches_the_solution_of_the_vectorised_problem(
 
 
 @settings(max_examples=20, deadline=None)
+@example(seed=34231, sparsity=0.0, steps=0)
 @given(seed=st.integers(0, 10**6), sparsity=st.floats(0, 1), steps=st.integers(0, 12))
 def test_a_refit_by_both_factors_never_raises_what_is_felt(seed: int, sparsity: float, steps: int) -> None:
     W, statistics = lifelike(6, 24, seed)
@@ -176,8 +177,8 @@ def test_a_refit_by_both_factors_never_raises_what_is_felt(seed: int, sparsity: 
     mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)) >= sparsity
     found, _ = refit(W, mask, H, steps=steps, output=damped(G))
     ridge = 0.01 * H.diagonal().mean() * torch.eye(24)
-    start, end = (felt(W, V, H + ridge, dense) for V in (W * mask, found))
-    assert end <= start * (1 + 1e-4) + 1e-9
+    start, end, whole = (felt(W, V, H + ridge, dense) for V in (W * mask, found, W * 0))
+    assert end <= start * (1 + 1e-4) + 1e-13 * whole  # float32 rounds W itself by 1e-7
 
 
 @pytest.mark.parametrize("pattern", [MATRIX, *EQUAL_ROWS], ids=str)
