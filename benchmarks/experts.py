@@ -1,13 +1,13 @@
-"""Whole experts of a mixture: solvers, with and without a refit, beside other ways to the same bytes.
+"""Whole experts of a mixture: solvers beside other ways to the same bytes.
 
     python benchmarks/upcycle.py --out MIXTURE --text wiki
     python benchmarks/experts.py --model MIXTURE --text wiki --text PATH.txt
-    python benchmarks/experts.py … --cells reap:0.25:uniform fisher:0.25:owl+refit channels:0.25 int8
+    python benchmarks/experts.py … --cells reap:0.25:uniform fisher:0.25:owl channels:0.25 int8
 
-A cell is `SOLVER:SHARE:ALLOCATOR`, with `+refit` for the correction; `channels:SHARE` removes channels of all experts by `obs`
+A cell is `SOLVER:SHARE:ALLOCATOR`; `channels:SHARE` removes channels of all experts by `obs`
 and slims the model; `int8` and the like pack it. All are compared with the mixture, window by window, so that tables can
 say how sure a difference is. `--loops N` counts loops among so many continuations of 128 tokens. The same command goes on.
-A tiny run: `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --cells reap:0.25:uniform+refit`.
+A tiny run: `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --cells reap:0.25:uniform`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tawny.model.source import load_tokenizer
 SHARES = [0.25, 0.5, 0.125, 0.375]
 SOLVERS = ["reap", "fisher", "frequency", "magnitude"]
 CELLS = [
-    *(f"{s}:{share}:uniform{r}" for share, s, r in itertools.product(SHARES, SOLVERS, ["", "+refit"])),
+    *(f"{solver}:{share}:uniform" for share, solver in itertools.product(SHARES, SOLVERS)),
     *(f"channels:{share}" for share in SHARES),
     "int8",
 ]
@@ -96,15 +96,14 @@ def cell(args: Any, name: str) -> dict[str, Any]:
             tawny.slim(pruned, folder)
             shutil.rmtree(pruned)
         else:
-            (share, _, allocator), refit = rest.partition("+")[0].partition(":"), rest.endswith("+refit")
-            keys |= {"solver": what, "sparsity": float(share), "allocator": allocator, "refit": refit}
+            share, _, allocator = rest.partition(":")
+            keys |= {"solver": what, "sparsity": float(share), "allocator": allocator}
             record = tawny.prune(args.model, folder, pattern="experts", **keys)
             went = [one["chosen"][e] for one in record.experts if one["chosen"] for e in one["removed"]]
-            more["missing"] = [one["refitted"] for one in record.experts]
             more["choices"] = sum(went) / max(1, sum(sum(one["chosen"]) for one in record.experts))
         seconds = time.perf_counter() - begin
         texts = judged(folder, args.model, args)
-        wants_loops = rest.partition("+")[0] in ("0.25:uniform", "0.5:uniform")
+        wants_loops = rest in ("0.25:uniform", "0.5:uniform")
         return {
             "bytes": file_bytes(folder),
             "seconds": seconds,

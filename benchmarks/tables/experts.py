@@ -1,4 +1,4 @@
-"""The table of whole experts: solvers and the refit beside other ways to the same bytes."""
+"""The table of whole experts: solvers beside other ways to the same bytes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ def experts(result: Mapping[str, Any]) -> str:
         f"on {text} KL {found['kl']:.3f}, perplexity {found['perplexity']:.2f} (SmolLM2: {found['dense']:.2f})"
         for text, found in source["texts"].items()
     )
-    parts = [
-        f"{setting['model']}: 16 experts a block, of which a token gets 8. Beside its source: {near}. Calibrated on {setting['samples']} × "
-        f"{setting['seqlen']} tokens of {setting['calibration']}, one seed; {setting['windows']} windows of {setting['eval_seqlen']} tokens. "
-        "Each cell is the KL from the whole mixture (its difference from reap in the same column, ± over windows), and the perplexity.\n"
-    ]
     rows: dict[str, dict[float, Mapping[str, Any]]] = {}
     for name, cell in cells.items():
         what, share, rest = re.fullmatch(r"(\w+):?([0-9.]*)(.*)", name).groups()  # type: ignore[union-attr]
-        label = what + rest.replace(":uniform", "").replace(":", ", ").replace("+refit", " + refit")
-        if share:
+        label = what + rest.replace(":uniform", "").replace(":", ", ")
+        if share and not rest.endswith("+refit"):  # which was taken out: docs/log/experts-refit.md
             rows.setdefault(label, {})[float(share)] = cell
+    apart = " (its difference from reap in the same column, ± over windows)" if len(rows) > 1 else ""
+    parts = [
+        f"{setting['model']}: 16 experts a block, of which a token gets 8. Beside its source: {near}. Calibrated on {setting['samples']} × "
+        f"{setting['seqlen']} tokens of {setting['calibration']}, one seed; {setting['windows']} windows of {setting['eval_seqlen']} tokens. "
+        f"Each cell is the KL from the whole mixture{apart}, and the perplexity.\n"
+    ]
     shares = sorted({share for row in rows.values() for share in row})
     names = sorted(rows, key=lambda label: (ORDER.index(re.split(r"\W", label)[0]), label))
     for text in setting["texts"]:

@@ -82,26 +82,3 @@ def left_one_by_one(x, felt, route, removed, groups):
         gone.append(best)
         losses.append(tried[best])
     return [float(gone.index(e)) if e in gone else float(removed) for e in range(count)], losses
-
-
-def refitted(x, picked, gates, missing, features, count, damp):
-    """Changes `[O, I]` of each expert's down projection, one after the other by least squares, and what is missing at the end."""
-    missing, changes = missing.double().clone(), []
-    for expert in range(count):
-        rows = [t for t in range(len(x)) if expert in picked[t].tolist()]
-        given = [
-            float(gates[t, picked[t].tolist().index(expert)]) * features(x[t], expert).double() for t in rows
-        ]
-        A = torch.stack(given) if given else torch.zeros(0, len(features(x[0], expert))).double()
-        R = missing[rows]
-        ridge = (damp * A.square().sum() / A.shape[1]).sqrt() * torch.eye(A.shape[1]).double()
-        padded = torch.cat([R, torch.zeros(A.shape[1], R.shape[1]).double()])
-        change = (
-            torch.linalg.lstsq(torch.cat([A, ridge]), padded).solution.T
-            if rows
-            else torch.zeros(R.shape[1], A.shape[1]).double()
-        )
-        for row, a in zip(rows, A, strict=True):
-            missing[row] -= change @ a
-        changes.append(change)
-    return changes, missing

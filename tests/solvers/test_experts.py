@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tawny.allocation.budget import whole_experts
 from tawny.allocation.profile import LinearInfo, Profile
 from tawny.errors import NumericalError
-from tawny.solvers.experts import Missing, leave_one_by_one, refit_experts, removed_experts
-from tests.reference.experts import left_one_by_one, refitted
+from tawny.solvers.experts import leave_one_by_one, removed_experts
+from tests.reference.experts import left_one_by_one
 
 
 def router(experts, hidden, picks, renormalised, seed):
@@ -53,41 +51,6 @@ def test_lowest_leave_and_groups_lose_alike():
     assert removed_experts(scores, 4, groups=2).tolist() == [1, 3, 5, 7]
     with pytest.raises(NumericalError, match="score of an expert"):
         removed_experts(scores.index_fill(0, torch.tensor([0]), torch.nan), 2)
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    seed=st.integers(0, 99),
-    tokens=st.integers(1, 40),
-    pieces=st.integers(1, 3),
-    damp=st.sampled_from([0.01, 0.3]),
-)
-def test_experts_are_refitted_one_after_the_other_as_by_least_squares(seed, tokens, pieces, damp):
-    random = torch.Generator().manual_seed(seed)
-    x, residual = (torch.randn(tokens, 6, generator=random) for _ in range(2))
-    up = torch.randn(5, 6, 4, generator=random)
-    gates, picked = torch.rand(tokens, 5, generator=random).topk(2)
-    parts = [
-        Missing(*part)
-        for part in zip(*(y.clone().chunk(pieces) for y in (x, picked, gates, residual)), strict=True)
-    ]
-    weights, sizes = torch.randn(5, 6, 4, generator=random), []
-
-    def renew(expert, change):
-        sizes.append(sum(float(part.missing.square().sum()) for part in parts))
-        weights[expert] += change
-        return change
-
-    old = weights.clone()
-    refit_experts(parts, range(5), (6, 4), lambda y, e: (y @ up[e]).tanh(), renew, damp=damp)
-    changes, missing = refitted(x, picked, gates, residual, lambda y, e: (y @ up[e]).tanh(), 5, damp)
-    torch.testing.assert_close(weights - old, torch.stack(changes).float(), atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(
-        torch.cat([part.missing for part in parts]), missing.float(), atol=1e-4, rtol=1e-3
-    )
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == pytest.approx(
-        float(residual.square().sum()), rel=1e-5
-    )
 
 
 def profile(blocks, experts=8):

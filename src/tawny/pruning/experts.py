@@ -1,9 +1,9 @@
 """Whole experts leave: seen, chosen, tried and cut out of a block, and said in config.json.
 
 Each block runs twice on what the blocks before it give without their experts: with all experts, which shows how often each is
-chosen and how much it adds, and without those that leave, for the next block. Between the two, `refit` moves those that stay.
-The checkpoint is written without them at once: a zero row of a router could still be chosen. Where all blocks keep equally many,
-the result is an ordinary checkpoint. Where they differ, `per_layer_config` says so, which Tawny opens.
+chosen and how much it adds, and without those that leave, for the next block. The checkpoint is written without them at once:
+a zero row of a router could still be chosen. Where all blocks keep equally many, the result is an ordinary checkpoint. Where they
+differ, `per_layer_config` says so, which Tawny opens.
 
 Which setting counts the experts is found by its value, and proven by the shapes of a model that has another one. At the end the
 result is opened, and computes what the source does without the experts.
@@ -34,7 +34,6 @@ from tawny.model.structure import TOKENS
 from tawny.packed.opening import open_stack
 from tawny.progress import silent
 from tawny.pruning.block import PRUNED
-from tawny.pruning.expert_refit import refit_block
 from tawny.pruning.output import End
 from tawny.pruning.prepare import Job, output_count
 from tawny.pruning.session import Session
@@ -233,10 +232,6 @@ class Cut(Visitor):
             if removed
             else torch.tensor([], dtype=torch.int64)
         )
-        refitted = None
-        if self.session.job.recipe.refit and removed:
-            with block.run.clock("refit"):
-                refitted = refit_block(block, PRUNED, mixture, gone)
         with block.run.clock("forward"), without(mixture, gone):
             for name in block.wanted:
                 block.streams[name].advance(index)
@@ -254,7 +249,6 @@ class Cut(Visitor):
                 "chosen": seen.chosen.tolist(),
                 "scores": scores_E.tolist(),
                 "felt": felt[removed - 1] if felt else None,
-                "refitted": refitted,
             }
         )
         self._record(mixture, index, set(gone.tolist()), removed / mixture.count, time.perf_counter() - start)

@@ -264,11 +264,7 @@ def seconds_of(job: Job, load: Load) -> dict[str, float]:
         works = [partial(solver.work, output=factor)] * (solver.needs == "hessian")
         works += [partial(solver.rounding, output=factor)] * grid
         seconds["solve"] = _solving(works, solver.needs == "hessian", infos)
-    if recipe.refit and job.mixtures:
-        # Two forwards; then products of as many columns as are given and taken, for the normal equations and for what is missing.
-        products = sum(stack.routed(x) * x.numel for some in job.by_block for x in some)
-        seconds["refit"] = tokens * (2 * forward + 6 * products / exact)
-    elif recipe.refit:
+    if recipe.refit:
         seconds["refit"] = sum(2.0 * 12 * x.shape[0] * x.shape[1] ** 2 / exact for x in infos)
     if recipe.refine.epochs:
         # Backward costs two forwards; and the dense samples walk beside the pruned ones.

@@ -16,7 +16,7 @@ from torch import nn
 
 from tawny.allocation.profile import Allocator, LinearInfo
 from tawny.calibration.output import Factor, most_felt
-from tawny.calibration.statistics import Needs, hessian_bytes
+from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
 from tawny.gguf_kinds import GGUF_KINDS, fitting
 from tawny.kinds import GPU_KINDS, dividing
@@ -133,8 +133,6 @@ class Job:
     @property
     def needs(self) -> Needs:
         """What calibration has to yield for the solves."""
-        if self.mixtures:
-            return "norms" if self.recipe.refit else self.solver.needs
         return "hessian" if self.recipe.refit else self.solver.needs
 
     @property
@@ -399,7 +397,6 @@ def demand_of(job: Job, load: Load) -> Demand:
         felt=felt,
         factor=job.factor,
         asked=_asking_bytes(job, felt * load.seqlen) if job.mixtures and felt else 0,
-        refitted=_refitting_bytes(job, load) if job.mixtures and job.recipe.refit else 0,
         refining=job.recipe.refine.epochs > 0,
         compared=_compared(job, load) if job.chooses_blocks else 0,
         alone=_walks_alone(job, load),
@@ -412,15 +409,6 @@ def _asking_bytes(job: Job, tokens: int) -> int:
     hidden = job.stack.hidden_bytes
     chunk = CHUNK_TOKENS * hidden * (2 + 16 // job.stack.compute.itemsize)
     return tokens * (3 * hidden + 2 * 8 * count) + chunk
-
-
-def _refitting_bytes(job: Job, load: Load) -> int:
-    """While experts of a block are refitted: all tokens, what is missing in float32, and the normal equations of one expert."""
-    stack = job.stack
-    shapes = [linear.shape for linears in job.by_block for linear in linears]
-    width, numel = max(max(shape) for shape in shapes), max(rows * columns for rows, columns in shapes)
-    held = load.samples * load.seqlen * stack.hidden_bytes * (1 + 4 // stack.compute.itemsize)
-    return held + hessian_bytes(width) + 8 * width * width + 16 * numel + 16 * CHUNK_TOKENS * width
 
 
 def _walks_alone(job: Job, load: Load) -> bool:

@@ -44,7 +44,7 @@ _KEYS = {
     "exclude": "globs of linears to leave alone",
     "dtype": "storage of the result; nothing is the checkpoint's own",
     "compute": "of the forwards; auto is bfloat16 where the machine has it",
-    "refit": "move the survivors of each mask, or the experts that stay, to their least squares (also solver.refit)",
+    "refit": "move the survivors of each mask to their least squares (also solver.refit)",
     "refine": "epochs of training what a pruned block has left to give the dense block's outputs, and how",
     "values": "kinds that survivors are solved for, or bits to share among linears",
     "output": "how much the solver knows of what the model's output feels: none, rows or whole; tokens that are asked",

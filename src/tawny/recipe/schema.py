@@ -205,9 +205,7 @@ class Recipe:
     exclude: Globs = ()
     dtype: Dtype = None  # storage of the pruned weights; None is the checkpoint's own
     compute: Compute = "auto"  # of the forwards; auto is bfloat16 where the machine has it
-    refit: bool = (
-        False  # move survivors, of a mask or of experts, to their least squares; also `solver.refit`
-    )
+    refit: bool = False  # move the survivors of every mask to their least squares; also `solver.refit`
     refine: Refinement = Field(default_factory=Refinement)
     values: Values = Field(default_factory=Values)
     output: Output = Field(default_factory=Output)
@@ -561,9 +559,9 @@ def _check_whole(recipe: Recipe) -> None:
         raise RecipeError(
             "refine trains what is left of single weights, and experts leave as a whole: leave it out, and `tawny recover` the result"
         )
-    if whole and whole != "experts" and recipe.refit:
+    if whole and recipe.refit:
         raise RecipeError(
-            f"refit is for masks of single weights and experts, and {recipe.pattern} leave as a whole: leave it out (obs solves anew)"
+            f"refit is for masks of single weights, and {recipe.pattern} leave as a whole: leave it out"
         )
     if whole and recipe.values.names:
         raise RecipeError(

@@ -111,7 +111,6 @@ class Demand:
         profiled: samples of the profile walk.
         felt: samples that are run backward, for this factor of the output.
         asked: bytes beside a block on the way back while its experts leave one by one.
-        refitted: bytes beside a block while its experts that stay are refitted.
         refining: every block is trained after it was pruned.
         compared: tokens that candidates of blocks that leave are compared on; 0 where no such choice is made.
         alone: blocks run without what is outside them, which is dropped once the samples are embedded.
@@ -132,7 +131,6 @@ class Demand:
     felt: int = 0
     factor: Factor = "none"
     asked: int = 0
-    refitted: int = 0
 
     def phases(self, *, spill: bool) -> dict[str, dict[str, int]]:
         """Parts of each phase; the interpreter is there in every one, what is outside the blocks in all but those of walks."""
@@ -199,8 +197,6 @@ class Demand:
                 "forward": self.forward_bytes(),
                 "statistics": self.observing(self.needs),
             }
-        if self.refitted:
-            phases["refit"] = {**walking, "experts": self.refitted}
         phases["convert"] = {**walking, "conversion": self._conversion_bytes()}
         solving: Mapping[str, int] = max((self._solving(groups) for groups in self._inputs), key=_total)
         phases["solve"] = {**walking, **solving}

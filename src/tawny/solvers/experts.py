@@ -3,16 +3,12 @@
 A new solver is a class here and an entry of EXPERT_SOLVERS. The experts of the lowest scores leave, the first of equal ones; where a
 router picks groups first, each group loses equally many (`removed_experts`).
 
-Those that stay can be refitted (`refit_experts`): gates stay, and the down projection of one after the other moves to where the
-mixture's output is nearest to the dense one's, min ‖R − A Δᵀ‖² + λ‖Δ‖² with A the projection's inputs times their gates, R what
-the output misses, Δ the change of the weight, and λ = damp·mean(diag AᵀA).
-
-Shapes: E = experts, T = tokens, K = experts picked for a token, H = hidden, O = out, I = in, N = tokens of one expert.
+Shapes: E = experts, T = tokens, K = experts picked for a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -20,10 +16,9 @@ import torch
 from torch import Tensor
 
 from tawny.calibration.output import Factor
-from tawny.calibration.statistics import Accumulator, Needs
+from tawny.calibration.statistics import Needs
 from tawny.errors import NumericalError
-from tawny.solvers.base import Work, require_finite
-from tawny.solvers.inverse import factorise, with_damping
+from tawny.solvers.base import Work
 
 # Tokens and the experts that are gone → the experts `[N, K]` picked for them and their gates `[N, K]`.
 Route = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -168,77 +163,3 @@ def leave_one_by_one(
         left_E[expert] = step
         losses.append(0.5 * max(loss, 0.0) / max(tokens, 1))
     return left_E, torch.tensor(losses, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Missing:
-    """Some tokens of a mixture that has lost experts.
-
-    Attributes:
-        tokens: `[T, H]`, in front of the experts.
-        picked, gates: `[T, K]`, of the experts that are left.
-        missing: `[T, H]` float32, the dense output minus the output; `refit_experts` changes it.
-    """
-
-    tokens: Tensor
-    picked: Tensor
-    gates: Tensor
-    missing: Tensor
-
-
-def refit_experts(
-    parts: Sequence[Missing],
-    experts: Iterable[int],
-    shape: tuple[int, int],
-    entering: Callable[[Tensor, int], Tensor],
-    renew: Callable[[int, Tensor], Tensor],
-    total: Callable[[list[Tensor]], None] = lambda _: None,
-    damp: float = 0.01,
-) -> None:
-    """Refit the down projections of experts, one after the other; each makes up for what the ones before it left missing.
-
-    All tokens that an expert gets count: those that it had before hold its weight where it was.
-
-    Args:
-        shape: (O, I) of a down projection.
-        entering: gives the inputs `[N, I]` of an expert's down projection for tokens `[N, H]`.
-        renew: adds a change `[O, I]` float32 to the weight of an expert, and gives it back as it was stored.
-        total: sums tensors over all processes, in place.
-    """
-
-    def inputs(part: Missing, expert: int) -> tuple[Tensor, Tensor]:
-        rows, places = (part.picked == expert).nonzero(as_tuple=True)
-        if not len(rows):
-            return rows, part.missing.new_zeros(0, shape[1])
-        return rows, entering(part.tokens[rows], expert).float() * part.gates[rows, places, None].float()
-
-    for expert in experts:
-        seen = Accumulator(shape[1], "hessian", parts[0].missing.device)
-        cross_OI = parts[0].missing.new_zeros(shape)
-        for part in parts:
-            rows, A_NI = inputs(part, expert)
-            seen.add(A_NI)
-            cross_OI.addmm_(part.missing[rows].T, A_NI)
-        H_II = seen.finish(exact=True).hessian
-        assert H_II is not None
-        total([H_II, cross_OI])
-        change_OI = renew(expert, _change(H_II.float(), cross_OI, damp))
-        for part in parts:
-            rows, A_NI = inputs(part, expert)
-            part.missing[rows] -= A_NI @ change_OI.T
-
-
-def _change(H_II: Tensor, cross_OI: Tensor, damp: float) -> Tensor:
-    """RᵀA (AᵀA + λ)⁻¹."""
-    require_finite(H_II, "inputs of an expert's down projection")
-    mean = float(H_II.diagonal().mean())
-    if not mean:
-        return torch.zeros_like(cross_OI)
-
-    def attempt(share: float) -> Tensor | None:
-        damped_II = H_II.clone()
-        damped_II.diagonal().add_(share * mean)
-        return factorise(damped_II)
-
-    L_II = with_damping(damp, len(H_II), attempt)
-    return torch.cholesky_solve(cross_OI.T, L_II).T
