@@ -287,34 +287,34 @@ def few_bits_speed(result: Mapping[str, Any]) -> str:
 
 def serving(result: Mapping[str, Any]) -> str:
     """Served and bare tokens a second by the number of requests, and the time to a first token."""
-    lines = []
-    for shape in dict.fromkeys(row["shape"] for row in result["measurements"]):
-        rows = [row for row in result["measurements"] if row["shape"] == shape]
+    lines, groups = [], {}
+    for row in result["measurements"]:
+        date = row.get("measured", result)["date"]
+        groups.setdefault((row["shape"], date), []).append(row)
+    for (shape, date), rows in groups.items():
+        first = rows[0]
+        prompt = first.get("prompt", 512)
         lines += [
-            f"{SHAPE_NAMES[shape]}, {rows[0]['threads']} threads, medians of {rows[0]['rounds']} rounds:\n",
-            "| | requests | served, tokens/s | without HTTP | × one request | first token of a prompt | again |",
+            f"{SHAPE_NAMES[shape]}, {first['threads']} threads, medians of {first['rounds']} rounds, {date}:\n",
+            f"| | requests | served, tokens/s | without HTTP | × one request | first token of {prompt:,} | again |",
             "|---|---|---|---|---|---|---|",
         ]
-        # llama.cpp once was measured without a server.
-        rate = {
-            (row["variant"], row["requests"]): row.get("served_tokens_per_second")
-            or row["bare_tokens_per_second"]
-            for row in rows
-        }
+        rate = {(row["variant"], row["requests"]): row["served_tokens_per_second"] for row in rows}
         for row in rows:
-            name, first = row["variant"], row.get("first_token_cold_seconds")
-            served, bare = row.get("served_tokens_per_second"), row.get("bare_tokens_per_second")
+            name, cold, bare = (
+                row.get(key) for key in ("variant", "first_token_cold_seconds", "bare_tokens_per_second")
+            )
             waits = (
-                "| | |" if first is None else f"| {first:.2f} s | {row['first_token_cached_seconds']:.2f} s |"
+                "| | |" if cold is None else f"| {cold:.2f} s | {row['first_token_cached_seconds']:.2f} s |"
             )
             sparse = ", 70 %" if name.startswith("packed") else ""
+            served = rate[name, row["requests"]]
             lines.append(
-                f"| {name}{sparse} | {row['requests']} | {'' if served is None else f'{served:.1f}'} "
-                f"| {'' if bare is None else f'{bare:.1f}'} "
-                f"| {rate[name, row['requests']] / rate[name, 1]:.2f} {waits}"
+                f"| {name}{sparse} | {row['requests']} | {served:.1f} | {'' if bare is None else f'{bare:.1f}'} "
+                f"| {served / rate[name, 1]:.2f} {waits}"
             )
         lines.append("")
-    lines.append(f"<sub>{result['machine']['cpu']}, kernel {result['kernel']}, {result['date']}.</sub>\n")
+    lines.append(f"<sub>{result['machine']['cpu']}, kernel {result['kernel']}.</sub>\n")
     return "\n".join(lines)
 
 
