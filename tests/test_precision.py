@@ -18,7 +18,7 @@ def product(size: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return A, B, A @ B
 
 
-FORMS = {
+FORMATS = {
     "mm": lambda A, B: A @ B,
     "inference": torch.inference_mode()(lambda A, B: A @ B),
     "linear": lambda A, B: torch.nn.functional.linear(A, B.T),
@@ -28,7 +28,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("multiply", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("multiply", FORMATS.values(), ids=FORMATS)
 def test_inside_factors_are_rounded_and_outside_they_are_not(products: str, multiply) -> None:
     """By the CPU where it has AMX, by hand elsewhere; where nothing is rounded, nothing changes."""
     A, B, outside = product()

@@ -14,7 +14,7 @@ import torch
 import tawny
 from tawny.choosing import finalists as finalists_module
 from tawny.choosing import fit as module
-from tawny.choosing import forms, refining
+from tawny.choosing import formats, refining
 from tawny.choosing import pace as pace_module
 from tawny.choosing.demand import FitDemand
 from tawny.choosing.divergence import Reference, Scorer
@@ -370,7 +370,7 @@ def test_a_fit_of_which_nothing_can_be_made_keeps_what_it_measured(dense, fitted
 
     out = tmp_path / "made"
     with monkeypatch.context() as patched:
-        patched.setattr(forms.Packed, "make", breaks)
+        patched.setattr(formats.Packed, "make", breaks)
         with pytest.raises(
             RecipeError, match=r"NaN in block 1: give a larger size.* with --measured .* again"
         ):
@@ -592,7 +592,7 @@ def test_only_what_was_rounded_is_told_to_have_been(sparsity, kind):
     assert bool(few_bits(job)) == (kind is not None)
 
 
-def test_the_verb_shows_a_fit_in_both_forms(dense, fitted, tmp_path, run, monkeypatch):
+def test_the_verb_shows_a_fit_in_both_formats(dense, fitted, tmp_path, run, monkeypatch):
     monkeypatch.setattr(tawny, "fit", lambda *_, **__: fitted)
     words = ("fit", dense, "--bits", 9, "--out", tmp_path / "x", "--calibration", "wiki")
     assert json.loads(run(*words, "--json")[1])["winner"] == fitted.winner

@@ -118,7 +118,7 @@ def test_kinds_restrict_a_choice_and_not_what_is_measured(fitted, model, tmp_pat
 
 
 def test_a_fit_that_was_stopped_ends_with_the_same_bytes(fitted, model, tmp_path, monkeypatch):
-    from tawny.choosing import forms as module
+    from tawny.choosing import formats as module
 
     folder, whole = model
     through = module.export_through

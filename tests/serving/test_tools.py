@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tawny.serving.grammar import Grammars
 from tawny.serving.protocol import Function, Refused
-from tawny.serving.tools import Beginning, CallFormat, ToolCall, Watched
+from tawny.serving.tools import Beginning, CallFormat, ParsedCall, Watched
 from tests.serving.tiny import TEMPLATE, byte_tokenizer
 
 HEAD = (
@@ -63,7 +63,7 @@ def test_calls_are_found_in_what_the_template_writes(tokenizer):
     for calls in ([one], [one, other], [other, one, other]):
         text = rendered(tokenizer, *calls)
         found = learnt.parse(text)
-        assert found == ("", [ToolCall(name, json.dumps(arguments)) for name, arguments in calls]), text
+        assert found == ("", [ParsedCall(name, json.dumps(arguments)) for name, arguments in calls]), text
     assert learnt.parse("I see an owl.") == ("I see an owl.", [])
     cut = rendered(tokenizer, one)[:-12].partition('"owl')[0]
     assert learnt.parse(cut) == (cut, [])
@@ -74,7 +74,7 @@ def test_arguments_are_handed_out_as_the_model_wrote_them():
     learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
     for arguments in ('{"a": 1e400}', r'{"a": "\ud83d"}', '{ "a":1.50,\n"a": "é" }'):
         text = f'<call>\n{{"name": "f", "arguments": {arguments}}}\n</call>'
-        assert learnt.parse(text) == ("", [ToolCall("f", arguments)])
+        assert learnt.parse(text) == ("", [ParsedCall("f", arguments)])
     for arguments in ('{"a": NaN}', '{"a": -Infinity}', '{"a":' + "[" * 100_000):
         text = f'<call>\n{{"name": "f", "arguments": {arguments}}}\n</call>'
         assert learnt.parse(text) == (text, [])
@@ -133,7 +133,7 @@ def test_a_template_may_take_one_call_at_once():
     learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
     text = rendered(tokenizer, ("look", {"at": "owl"}))
     assert learnt.between is None and learnt.parse(text + "; " + text)[1] == learnt.parse(text)[1]
-    assert learnt.parse(text) == ("", [ToolCall("look", '{"at": "owl"}')])
+    assert learnt.parse(text) == ("", [ParsedCall("look", '{"at": "owl"}')])
     grammars = Grammars(tokenizer, 264, {tokenizer.eos_token_id})
     assert "call)*" not in learnt.grammar(FUNCTIONS, grammars, tokenizer, several=True)
 

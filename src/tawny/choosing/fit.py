@@ -30,7 +30,7 @@ from tawny.choosing.demand import FitDemand, asked_windows
 from tawny.choosing.divergence import Scorer
 from tawny.choosing.finalists import apart, judge_all
 from tawny.choosing.fitted import Fitted, tell
-from tawny.choosing.forms import FORMS, check_aim
+from tawny.choosing.formats import FORMATS, check_aim
 from tawny.choosing.kept import REACTIONS, Measured, keep_measured, read_measured, take_measured
 from tawny.choosing.limit import Room, Target, check_target, room_for
 from tawny.choosing.measuring import ASKING, ask, few_bits, measure, probes_bytes, react, react_ends
@@ -132,8 +132,13 @@ def fit(
     target = Target.of(size, bits, speed, ram, context)
     named, given = text_or_tokens(calibration)
     of_recipe, own = own_keys({**named, **keys}, "fit")
-    form = {"to": to, "quick": quick, "kinds": kinds, "template": None if template is None else str(template)}
-    own |= {key: value for key, value in form.items() if value is not None}
+    options = {
+        "to": to,
+        "quick": quick,
+        "kinds": kinds,
+        "template": None if template is None else str(template),
+    }
+    own |= {key: value for key, value in options.items() if value is not None}
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
     check_aim(settings, target)
     earlier = None if measured is None else read_measured(Path(measured))
@@ -144,11 +149,11 @@ def fit(
             samples=True,
             demand=partial(FitDemand.of, settings),
             held_out=partial(_held_out, settings),
-            check=partial(check_target, target, partial(FORMS[settings.to].known, settings)),
+            check=partial(check_target, target, partial(FORMATS[settings.to].known, settings)),
             identity={"verb": "fit", "fit": {**asdict(target), **asdict(settings)}},
         ),
         progress,
-        place=Workplace(place_of(out), FORMS[settings.to].accepts),
+        place=Workplace(place_of(out), FORMATS[settings.to].accepts),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,
@@ -212,12 +217,12 @@ def _fit(
     """Steps 1 to 4."""
     job, journal, place = session.job, session.run.journal, session.place
     assert place is not None
-    form = FORMS[settings.to]
-    sizes = form.sizes(job, settings, place.steps, session.run.progress)
+    output = FORMATS[settings.to]
+    sizes = output.sizes(job, settings, place.steps, session.run.progress)
     room = _room(session, target, sizes)
     samples, asked, searched, deciding = _split(session, settings)
     of = {key: journal.identity.get(key) for key in ("recipe", "model", "text")}
-    of |= {"held-out text": tensor_digest(searched.tokens).hexdigest(), **form.version}
+    of |= {"held-out text": tensor_digest(searched.tokens).hexdigest(), **output.version}
     if earlier is not None:
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
@@ -240,7 +245,7 @@ def _fit(
     assert job.folder is not None
     keys = {"memory": memory, "tokenizer": tokenizer}
     keys |= {"calibration": samples} if session.held_out is None else {}
-    make = partial(form.make, job.folder, room.sizes, progress=session.run.progress, **keys)
+    make = partial(output.make, job.folder, room.sizes, progress=session.run.progress, **keys)
     base = resolve_recipe(job.recipe, solver="wanda") if settings.quick else job.recipe
     judged, broken = judge_all(session, base, finalists, deciding, make)
     if not judged:
@@ -271,7 +276,7 @@ def _fit(
         held_out=held_out,
         warnings=warnings,
     )
-    form.deliver(session, fitted, best.folder, {"of": of, REACTIONS: journal.state["once"][REACTIONS]})
+    output.deliver(session, fitted, best.folder, {"of": of, REACTIONS: journal.state["once"][REACTIONS]})
     return fitted
 
 

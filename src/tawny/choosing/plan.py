@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tawny.choosing.demand import FitDemand, asked_windows, role_of
-from tawny.choosing.forms import FORMS, check_aim
+from tawny.choosing.formats import FORMATS, check_aim
 from tawny.choosing.kept import Measured, read_measured
 from tawny.choosing.level import PROBE, SPARSITIES, Level, Measures
 from tawny.choosing.limit import Target, room_for, smallest
@@ -108,13 +108,13 @@ def plan_fit(
     """
     target = Target.of(size, bits, speed, ram, context)
     of_recipe, own = own_keys(keys, "fit")
-    form = {"to": to, "kinds": kinds, "template": None if template is None else str(template)}
-    own |= {key: value for key, value in form.items() if value is not None}
+    options = {"to": to, "kinds": kinds, "template": None if template is None else str(template)}
+    own |= {key: value for key, value in options.items() if value is not None}
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
     known = None if measured is None else Measured.kept_in(read_measured(Path(measured)))
     job = prepare(recipe, source, progress, recipe.device)
     check_aim(settings, target)
-    sizes = FORMS[settings.to].sizes(job, settings, None, progress)
+    sizes = FORMATS[settings.to].sizes(job, settings, None, progress)
     room = room_for(job, target, sizes, lambda: measured_pace(job.linears, progress))
     if known is not None and set(known.measures) != {x.name for x in job.linears}:
         raise RecipeError(f"what {measured} holds was measured of another model than {source}")

@@ -35,7 +35,7 @@ def language_model(
         raise MissingFeature(f"zero-shot tasks need lm-eval's model class ({error}): {INSTALL}") from None
     model = source if folder is None else load_quietly(folder, dtype, device)
 
-    class Watched(HFLM):  # type: ignore[misc]
+    class ProgressLM(HFLM):  # type: ignore[misc]
         progress: Progress = silent
         label = ""
         tokens = 0
@@ -75,7 +75,7 @@ def language_model(
     tied, model.tie_weights = vars(model).get("tie_weights"), lambda *_, **__: None
     try:
         with quiet():
-            lm = Watched(pretrained=model, tokenizer=copy.deepcopy(tokenizer), **keys)
+            lm = ProgressLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), **keys)
     finally:
         del model.tie_weights
         if tied is not None:

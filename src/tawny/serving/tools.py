@@ -32,7 +32,7 @@ def _no_constant(word: str) -> None:
 _RAW = json.JSONDecoder(parse_constant=_no_constant)
 
 
-class ToolCall(NamedTuple):
+class ParsedCall(NamedTuple):
     name: str
     arguments: str  # JSON
 
@@ -114,7 +114,7 @@ class CallFormat:
         special = any(word in piece for word in tokenizer.all_special_tokens for piece in pieces)
         return CallFormat(begin, middle, between, end, special)
 
-    def parse(self, text: str) -> tuple[str, list[ToolCall]]:
+    def parse(self, text: str) -> tuple[str, list[ParsedCall]]:
         """The text before the first call, and the calls."""
         begin, middle = _pattern(self.begin), _pattern(self.middle)
         between = None if self.between is None else _pattern(self.between)
@@ -129,7 +129,7 @@ class CallFormat:
             except (ValueError, RecursionError):
                 break
             # As the model wrote them: written anew, 1e400 would be no JSON.
-            calls.append(ToolCall(name, text[named.end() : at]))
+            calls.append(ParsedCall(name, text[named.end() : at]))
             following = between and (between.match(text, at) or begin.search(text, at))
             if following is None:
                 break

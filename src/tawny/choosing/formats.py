@@ -1,6 +1,6 @@
 """What a fit writes: a packed folder, one GGUF file, or a compressed-tensors checkpoint.
 
-Each is made, weighed and delivered here; a new one is an entry of FORMS.
+Each is made, weighed and delivered here; a new one is an entry of FORMATS.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tawny.report.pages import write_beside
 from tawny.run.place import accepts_checkpoint
 
 
-class Form(Protocol):
+class Format(Protocol):
     """The interface.
 
     Attributes:
@@ -90,7 +90,7 @@ class Form(Protocol):
 
 
 @final
-class Packed(Form):
+class Packed(Format):
     """A folder for Tawny's own decoder."""
 
     version = {"packed format": format.VERSION}
@@ -114,7 +114,7 @@ class Packed(Form):
 
 
 @final
-class GGUF(Form):
+class GGUF(Format):
     """One file for llama.cpp, Ollama and LM Studio."""
 
     version = {"format": "gguf"}
@@ -159,7 +159,7 @@ class GGUF(Form):
 
 
 @final
-class CompressedTensors(Form):
+class CompressedTensors(Format):
     """A folder for vLLM, SGLang and transformers."""
 
     version = {"format": TARGET}
@@ -198,7 +198,7 @@ def check_aim(settings: FitSettings, target: Target) -> None:
         )
 
 
-FORMS: dict[str, Form] = {"packed": Packed(), "gguf": GGUF(), TARGET: CompressedTensors()}
+FORMATS: dict[str, Format] = {"packed": Packed(), "gguf": GGUF(), TARGET: CompressedTensors()}
 
 
 def _beside(out: Path) -> tuple[Path, Path]:
