@@ -300,7 +300,7 @@ def test_a_card_that_a_person_wrote_is_kept(pair, tmp_path):
         card.write("\nFor owls.\n")
     recover_pair(pair, tmp_path / "out", source=tmp_path / "pruned")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "For owls.\n\n## Recovered\n\nTrained behind its mask" in text
+    assert "For owls.\n\n## Recovered\n\nTrained with its zeros kept" in text
 
 
 def test_a_card_that_is_not_utf8_ends_no_training(pair, tmp_path):

@@ -53,7 +53,7 @@ class Recovery:
     """How a pruned model is trained. `Recovery.make` makes one and says what is wrong in one line.
 
     Attributes:
-        train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors behind the mask (methods.py).
+        train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors, masked as the weights are (methods.py).
         text: what is read, one text or several in shares; a named text has a part of its own to be measured on, any other
             gives its end for that. Of pictures some files are held out.
         strict: refuse the first picture that cannot be read, instead of skipping it.

@@ -142,7 +142,7 @@ def _body(text: str) -> list[str]:
 
 def _section(record: RecoveryRecord) -> str:
     return (
-        f"## Recovered\n\n{recovery_words(record.to_dict(), 'Trained behind its mask')}\n\n"
+        f"## Recovered\n\n{recovery_words(record.to_dict(), 'Trained with its zeros kept')}\n\n"
         "What the sections above say about unchanged weights held before this training. `recover.json` has every setting and "
         "the curve, `report.html` shows them.\n"
     )

@@ -33,7 +33,7 @@ def render_recovery(record: Mapping[str, Any], warning: str = "") -> str:
     return render(
         "recovery.html.j2",
         title=f"{Path(record['source']).name or 'model'}, recovered",
-        summary=recovery_words(record, "Trained behind its mask"),
+        summary=recovery_words(record, "Trained with its zeros kept"),
         numbers=_tiles(record),
         warnings=[*record["warnings"], *([warning] if warning else [])],
         figures={name: curve_figure(record, width=width, prefix=name) for name, width in WIDTHS.items()},
