@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -164,35 +163,6 @@ def test_the_tables_of_the_readme_say_what_the_results_say(readme):
     assert "| llama.cpp Q3_K_M | 1,000 MB | 80.0% | 11.0 |" in made
     assert "4,096 tokens of `wiki`: ± 0.6 points" in made  # sqrt(0.8 · 0.2 / 4096)
     assert "The original has 4.00 GB and makes 5.0 tokens/s" in made
-
-
-def test_the_numbers_in_the_text_of_the_readme_are_those_of_the_results():
-    def cells(name):
-        path = ROOT / "benchmarks" / "results" / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8"))["cells"]
-
-    evidence, gguf = cells("evidence"), cells("gguf_qwen")
-    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    for sparsity, said in ((0.5, "had {} to {} % less divergence"), (0.6, "and {} to {} % less at 60 %")):
-        owl, equal = (
-            evidence[f"{recipe}:{sparsity}"]["texts"] for recipe in ("official-owl-sparsegpt-70", "sparsegpt")
-        )
-        less = sorted(round(100 * (1 - owl[text]["kl"] / equal[text]["kl"])) for text in owl)
-        assert said.format(less[0], less[-1]) in page
-    dense, packed = evidence["dense"], evidence["fast:0.5:int8"]
-    faster = packed["decode_tokens_per_second"] / packed.get(
-        "dense_decode", dense["decode_tokens_per_second"]
-    )
-    share = packed["bytes"] / dense["bytes"]
-    assert f"decodes {faster:.1f} times as fast as the original, in {share:.0%}".replace("%", " %") in page
-    before, after = (
-        evidence[name]["texts"]["wiki"]["perplexity"] / dense["texts"]["wiki"]["perplexity"]
-        for name in ("best:0.5", "recovered:60:int8")
-    )
-    assert f"from {before:.2f} to {after:.2f} times the original's perplexity" in page
-    fit, other = (gguf[f"{who}:Q3_K_M"]["texts"] for who in ("fit", "llama"))
-    times = sorted(fit[text]["kl"] / other[text]["kl"] for text in fit)
-    assert f"{times[0]:.2f} to {times[-1]:.2f} times its KL divergence" in page
 
 
 def test_the_pages_stay_as_short_as_they_promise():
