@@ -508,6 +508,11 @@ class Training:
                 f"no measurement was better than the start, so the model is unchanged: try another --lr than "
                 f"{settings.learning_rate:g}, or more text"
             )
+        if standing.step == 1 and self._ends is not None and self._elapsed() > self._ends:
+            record.warnings.append(
+                f"{settings.minutes:g} minutes are too few for one step, which took {self._elapsed() / 60:.2g} with what "
+                "comes before it: give more, or a smaller -o batch"
+            )
         zeros = self.student.count_zeros()
         record.zeros = sum(zeros.values())
         record.sparsity = record.zeros / record.prunable
