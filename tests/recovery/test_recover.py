@@ -432,6 +432,23 @@ def test_settings_that_make_no_sense_are_refused(keys, words):
         tawny.Recovery.make(**keys)
 
 
+@pytest.mark.parametrize(
+    "keys, windows",
+    [
+        ({"tokens": 204_799}, 1),
+        ({"tokens": 204_800}, 4),
+        ({}, 4),
+        ({"minutes": 49}, 1),
+        ({"minutes": 50}, 4),
+        ({"minutes": 10, "seqlen": 32}, 4),
+        ({"minutes": 10, "batch": 4}, 4),
+    ],
+)
+def test_a_run_of_few_steps_reads_one_window_in_each(keys, windows):
+    settings = tawny.Recovery.make(**keys)
+    assert settings.batch == windows and tawny.Recovery.make(settings, tokens="9M").batch == windows
+
+
 def test_a_teacher_writes_no_more_than_the_minutes_read_and_enough_for_a_batch():
     def written(share, **keys):
         return written_tokens(tawny.Recovery.make(text=["wiki", "self"], **keys), share)
@@ -439,7 +456,7 @@ def test_a_teacher_writes_no_more_than_the_minutes_read_and_enough_for_a_batch()
     assert written(0.5) == 65_536 and written(0.5, minutes=600) == 65_536
     assert written(0.5, minutes=10) == 20_480 and written(0.5, tokens=30_000, minutes=10) == 15_000
     # A batch, a window to measure on, and a tenth more
-    assert written(0.25, minutes=0.1) == 7 * 512 and written(0.25, minutes=0.1, batch=32) == 39 * 512
+    assert written(0.25, minutes=0.1, batch=4) == 7 * 512 and written(0.25, minutes=0.1, batch=32) == 39 * 512
 
 
 def test_of_a_long_text_windows_from_all_of_it_are_read():

@@ -29,14 +29,13 @@ from tawny.calibration.windows import (
 from tawny.errors import TextError
 from tawny.model.identity import tokens_identity
 from tawny.model.streams import Samples, holds_integers
-from tawny.recovery.settings import Recovery
+from tawny.recovery.settings import READ_A_MINUTE, Recovery
 
 # Of a text that has no part of its own to be measured on.
 _HELD_OUT = 0.05
-# Tokens that the dense model writes at most, in all and for each minute of training, which reads them again. Writing for a
-# minute of training takes a small model about a quarter of a minute.
+# Tokens that the dense model writes at most, beside those that the minutes read. Writing for a minute of training takes a small
+# model about a quarter of a minute.
 _MOST_WRITTEN = 131_072
-_WRITTEN_A_MINUTE = 4_096
 # Windows of several texts come in turns of so many, in which shares are exact to one.
 _TURN = 100
 
@@ -263,7 +262,7 @@ def written_tokens(settings: Recovery, share: float) -> int:
 
     Enough for a batch beside what is held out; read again, a text may have fewer tokens than were written.
     """
-    longest = settings.minutes * _WRITTEN_A_MINUTE if settings.minutes else math.inf
+    longest = settings.minutes * READ_A_MINUTE if settings.minutes else math.inf
     held_out = max(1, math.ceil(_HELD_OUT * settings.batch))
     enough = math.ceil(1.1 * (settings.batch + held_out + 1)) * settings.seqlen
     return max(enough, math.ceil(share * min(settings.tokens, _MOST_WRITTEN, longest)))

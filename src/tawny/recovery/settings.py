@@ -8,6 +8,7 @@ Like a recipe it refuses an unknown key with its nearest neighbour and spells ou
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,9 @@ from tawny.recovery.methods import METHODS, Method
 # rate times the width (2203.03466), and weights of wide linears are smaller: at 1,536 a third of it did harm
 # (docs/log/learning-rate.md).
 _WIDTH = 576
+# What a small model reads in a minute of training on two cores.
+READ_A_MINUTE = 4_096
+_WINDOWS, _FEW_STEPS = 4, 100  # of a step, unless a run is so short
 # Survivors of models that see: at 3e-5 a ViT-S lost in its first step more than pruning took (docs/encoders.md).
 SEEING_RATE = 3e-6
 
@@ -61,7 +65,7 @@ class Recovery:
         tokens: read in all, again and again if the text is shorter; of pictures and sound, positions.
         minutes: ends the run and its schedule earlier, evaluations and the teacher's forwards included.
         seqlen, batch, micro_batch: tokens a window, windows an optimiser step, windows a forward. What is not made of tokens
-            is as long as its model makes it.
+            is as long as its model makes it. `make` takes one window a step for a run of less than a hundred steps of four.
         lr: the highest; the default depends on `train`, and is lower for wide models and for those that see.
         warmup: share of the run in which it rises, or eight steps if they are more; 0 begins with the highest.
         kl: weight of KL(teacher‖student) in the loss, the rest is next-token loss; 0 needs no teacher.
@@ -85,7 +89,7 @@ class Recovery:
     tokens: Annotated[Count, Field(ge=1)] = 2_000_000
     minutes: Positive | None = None
     seqlen: Annotated[int, Field(ge=2)] = 512
-    batch: Annotated[int, Field(ge=1)] = 4
+    batch: Annotated[int, Field(ge=1)] = _WINDOWS
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     lr: Positive | None = None
     warmup: Share = 0.05
@@ -115,6 +119,8 @@ class Recovery:
         values = dict(base) if isinstance(base, Mapping) else {} if base is None else dataclasses.asdict(base)
         values.update({key: value for key, value in keys.items() if value is not None})
         settings = checked(cls, values, "recovery key")
+        if "batch" not in values:
+            settings = dataclasses.replace(settings, batch=settings._usual_batch)
         if settings.values is not None and settings.values not in (
             names := [kind.name for kind in scaled_kinds()]
         ):
@@ -150,6 +156,12 @@ class Recovery:
     def method(self) -> Method:
         """What is trained, and how."""
         return METHODS[self.train]
+
+    @property
+    def _usual_batch(self) -> int:
+        """One window where a few make fewer than a hundred steps: a short run gains more from steps than from even ones."""
+        tokens = min(self.tokens, READ_A_MINUTE * self.minutes if self.minutes else math.inf)
+        return 1 if tokens < _FEW_STEPS * _WINDOWS * self.seqlen else _WINDOWS
 
     def rate_for(self, width: int) -> float | None:
         """The highest rate for a model whose first linear has so many inputs; None is the default as it is."""
