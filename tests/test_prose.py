@@ -17,9 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Not here: the diary, two pages that are made, and three whose numbers are versions, formats and rules.
 ELSEWHERE = {f"docs/{name}.md" for name in ("api", "cli", "compared", "other-runtimes", "packed-format")}
-WRITTEN = [path for folder in ("docs", "docs/results") for path in sorted((ROOT / folder).glob("*.md"))]
-PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in WRITTEN)]
-PAGES = [name for name in PAGES if name not in ELSEWHERE]
+WRITTEN = [path for folder in ("docs", "docs/results") for path in (ROOT / folder).glob("*.md")]
+PAGES = sorted({"README.md", *(str(path.relative_to(ROOT)) for path in WRITTEN)} - ELSEWHERE)
 GENERATED = re.compile(r"<!-- \w+: made.*?<!-- /\w+ -->", re.DOTALL)
 START, WHOLE, END = r"(?<![\w.,/`^-])", r"\d+(?:,\d{3})*", r"(?!\.?\d|[\w-]| billion)"
 NUMBER = rf"{START}{WHOLE}(?:\.\d+)?{END}"
@@ -28,7 +27,6 @@ SETTING = re.compile(rf"(?:\b(?:[Aa]t|[Bb]elow|[Aa]bove) |^\| ){LIST} (?:%|and m
 UNIT = r"(?:×(?! ?\d)|times\b|%|[MG]B\b|tokens/s|minutes?\b|hours?\b|seconds?\b|ms\b|s\b)"
 MEASURED = re.compile(rf"{LIST} ?{UNIT}|{START}{WHOLE}\.\d+{END}")
 BOTH = ["wiki", "wikitext-2.tokenised.valid.txt"]
-FOUR, THREE = [*BOTH, "docs", "code"], [*BOTH, "code.txt"]
 OWL = "official-owl-sparsegpt-70"
 
 
@@ -42,9 +40,9 @@ def result(name):
     return json.loads(page(f"benchmarks/results/{name}.json"))
 
 
-def cell(file, name, what="kl", texts=BOTH):
+def cell(file, name, what="kl"):
     """One measure on each text."""
-    return np.array([result(file)["cells"][name]["texts"][text][what] for text in texts])
+    return np.array([text[what] for text in result(file)["cells"][name]["texts"].values()])
 
 
 def values(file, key, *names):
@@ -76,11 +74,11 @@ def ends(values):
 
 def times(name):
     """Perplexity of 1.5 billion weights, in times of the dense one, on four texts."""
-    return cell("evidence", name, "perplexity", FOUR) / cell("evidence", "dense", "perplexity", FOUR)
+    return cell("evidence", name, "perplexity") / cell("evidence", "dense", "perplexity")
 
 
 def fewer(name, other, what="kl"):
-    return less(cell("evidence", name, what, FOUR), cell("evidence", other, what, FOUR))
+    return less(cell("evidence", name, what), cell("evidence", other, what))
 
 
 def trained(name, *sparsities):
@@ -90,8 +88,7 @@ def trained(name, *sparsities):
 
 def mixed(name):
     """Perplexity in times of the dense one, on wiki, WikiText-2, documentation and code."""
-    texts = result("recovery_texts")["cells"][name]["texts"].values()
-    return np.array([text["perplexity"] / text["dense"] for text in texts])
+    return cell("recovery_texts", name, "perplexity") / cell("recovery_texts", name, "dense")
 
 
 def members(solver, sparsity, pattern="channels.heads"):
@@ -99,10 +96,9 @@ def members(solver, sparsity, pattern="channels.heads"):
     return table("structured", f"{sparsity}%", rf"{pattern} . {solver} . uniform ")
 
 
-def unpruned(*files):
-    return np.array(
-        [result(file)["dense"]["evaluation"][text]["perplexity"] for file in files for text in BOTH]
-    )
+def unpruned(name):
+    """Perplexity of the dense models of a page of results, on both texts each."""
+    return np.array(re.findall(r"dense \*\*([\d.]+)", page(f"docs/results/{name}.md")), float)
 
 
 @cache
@@ -114,7 +110,7 @@ def quotes():
     leads = {file: [100 * values(file, key, name)[0] for name in names for key in ("lead", "lead_stderr")] for file, names in ((q, fit), (f, ["fit:3.5", "fit:3", "fit:2.5"]))}
     speeds = result(q)["speeds"]["cells"]
     decode, prefill = (np.array([speeds[one][key] / speeds[other][key] for one, other in zip(fit, llama, strict=True)]) for key in ("decode_tokens_per_second", "prefill_tokens_per_second"))
-    gguf = ends(cell("gguf_qwen", "fit:Q3_K_M", texts=THREE) / cell("gguf_qwen", "llama:Q3_K_M", texts=THREE))
+    gguf = ends(cell("gguf_qwen", "fit:Q3_K_M") / cell("gguf_qwen", "llama:Q3_K_M"))
     megabytes = {name: some["bytes"] / 1e6 for file in (f, q, e) for name, some in result(file)["cells"].items()}
     small = values(f, "bytes", "fit:6", "llama:Q4_K_M", "fit:4", "llama:Q2_K") / 1e6
     zeros = [cell(file, f"int3:64:0 {solver} 0") / cell(file, f"{half} {solver} 0") for file, half in ((b, "int4:64:0.5"), (bq, "int4:32:0.5")) for solver in ("sparsegpt", "alps")]
@@ -128,9 +124,9 @@ def quotes():
     recipe = {name: np.array([table("recipes", f"{some}%", rf"{name} . [\d,]+\.") for some in (50, 60, 70)]) for name in (OWL, "fast", "fast, blended and refined")}
     took = {name: np.array([table("recipes", f"{some}%", rf"{name}, Intel")[0] for some in (50, 60, 70)]) for name in recipe}
     lower, refined = less(recipe["fast"], recipe[OWL]), less(recipe["fast, blended and refined"], recipe["fast"])
-    of_owl, of_fast = (recipe[name][:, :2] / unpruned("recipes") for name in (OWL, "fast"))
+    of_owl, of_fast = (recipe[name][:, :2] / unpruned("recipes")[:2] for name in (OWL, "fast"))
     slim, whole = (result("structured_qwen")["speed"]["models"][some]["tokens_per_second"] for some in ("slim", "dense"))
-    slimmer = {some: (members("obs", some) / unpruned("structured", "structured_qwen")).reshape(2, 2) for some in (20, 30)}
+    slimmer = {some: (members("obs", some) / unpruned("structured")).reshape(2, 2) for some in (20, 30)}
     auto, same = ([result("structured")["cells"][f"allocator={some} pattern=channels+heads seed=0 solver=obs sparsity=0.4"]["evaluation"][text]["perplexity"] for text in BOTH] for some in ("auto", "uniform"))
     served = {(row["shape"], row["variant"], row["requests"]): row["served_tokens_per_second"] for row in result("serving")["measurements"] if "served_tokens_per_second" in row}
     top1 = [100 * cell(q, name, "top1") for name in fit]
