@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -165,3 +166,15 @@ class _RoundedByHand(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args = list(args)
             args[factors] = [x.bfloat16().float() for x in args[factors]]
         return func(*args, **(kwargs or {}))
+
+
+def measured_speed(dtype: torch.dtype) -> float:
+    """FLOP a second of a large matrix product on this machine, in `dtype`."""
+    a = torch.randn(1024, 1024).to(dtype)
+    a @ a
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)

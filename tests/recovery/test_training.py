@@ -20,6 +20,7 @@ from tawny.recovery import training
 from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
+from tawny.report.view import training_speed
 from tests.recovery.models import (
     RECIPE,
     dense_and_pruned,
@@ -126,6 +127,19 @@ def test_the_seconds_of_a_run_that_was_stopped_add_up(pair, tmp_path, slowly, mo
     parts = [key for key in record.seconds if key.startswith("train_") or key == "optimiser"]
     assert len(parts) == 4 and sum(record.seconds[key] for key in parts) == record.seconds["total"] == 90
     assert record.tokens_per_second == pytest.approx(record.tokens / 90)
+
+
+def test_a_slow_training_says_what_plain_products_would_allow(slowly, monkeypatch):
+    slowly(10)
+    monkeypatch.setattr(training, "measured_speed", lambda dtype: 6e9)
+    dense, pruned = dense_and_pruned()
+    record = recover_live(pruned, dense)
+    head = pruned.get_output_embeddings().weight.numel()
+    assert record.products_per_second == pytest.approx(1e9 / (record.prunable + head))
+    bound = f"; plain matrix products would allow {record.products_per_second:,.0f}"
+    assert training_speed(record.to_dict()).endswith(f"while training{bound}")
+    slowly(0)
+    assert recover_live(*reversed(dense_and_pruned())).products_per_second == 0
 
 
 class One:

@@ -13,7 +13,7 @@ from tawny.cli.root import verb
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
 from tawny.report.frames import Frame, Result, facts, parts
-from tawny.report.view import measurements
+from tawny.report.view import measurements, training_speed
 from tawny.words import counted, duration, percent, quality_text, size
 
 TRAINING = "Training"
@@ -125,7 +125,7 @@ def recovery_tables(record: Result) -> list[Frame]:
             f"in {record['steps']:,} steps; ended by {record['stopped']}",
         ),
         ("time", f"{duration(seconds['total'])}{parts(seconds, 'total', duration)}"),
-        ("speed", f"{record['tokens_per_second']:,.0f} {units}/s while training"),
+        ("speed", training_speed(record)),
         ("peak memory", size(record["peak_memory"])),
     ]
     if record["out"]:

@@ -7,7 +7,6 @@ machine shows on such products just now. Both are estimates and say so; sizes on
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -29,7 +28,7 @@ from tawny.model.source import load_tokenizer
 from tawny.model.stack import Stack
 from tawny.model.structure import TOKENS, input_of
 from tawny.model.trust import opens_models
-from tawny.precision import DTYPES, native_dtype, rounds_products
+from tawny.precision import DTYPES, measured_speed, native_dtype, rounds_products
 from tawny.progress import Progress, silent
 from tawny.pruning.prepare import Job, demand_of, notices, output_count, prepare, profile_count
 from tawny.pruning.profiling import spend
@@ -80,20 +79,6 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def measured_speed(dtype: torch.dtype) -> float:
-    """FLOP a second of a large matrix product on this machine, in `dtype`."""
-    a = torch.randn(1024, 1024).to(dtype)
-    a @ a
-    best = min(_time(lambda: a @ a) for _ in range(5))
-    return 2 * 1024**3 / best
-
-
-def _time(work: Any) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 @opens_models

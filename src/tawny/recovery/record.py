@@ -27,6 +27,8 @@ class RecoveryRecord:
         start, best: measurements on the held-out windows; `best` is of what was written.
         seconds: wall time by phase and in all; of a run that was stopped, up to each state it went on from.
         tokens_per_second: of the training steps alone.
+        products_per_second: tokens a second that their matrix products alone would allow, as fast as a large plain one is here;
+            all experts of a mixture are counted. 0 where there were few steps to tell.
         stopped: why it ended: tokens, minutes, patience, or nan.
         stages: of a gradual recovery, one a sparsity.
     """
@@ -53,6 +55,7 @@ class RecoveryRecord:
     stopped: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float = 0.0
+    products_per_second: float = 0.0
     teacher_tokens: int = 0
     teacher_bytes: int = 0
     peak_memory: int = 0

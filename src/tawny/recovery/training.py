@@ -22,6 +22,7 @@ from tawny.model.identity import source_identity
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples
 from tawny.model.structure import predicts_tokens
+from tawny.precision import measured_speed
 from tawny.progress import Progress
 from tawny.recovery.data import Reading
 from tawny.recovery.objective import Losses, chunk_tokens, distil, match
@@ -39,6 +40,7 @@ from tawny.words import counted, quality_text
 _BETAS = (0.9, 0.95)
 _RISING = 8  # steps in which the rate rises at least
 _FINAL = 0.02  # of the peak learning rate, at the end of the cosine
+_TELLING = 10.0  # seconds of steps from which on their speed says something
 _MEASURING = 0.1  # of the minutes given, the most that measuring takes
 # Of what is read once, a walk of the teacher: a run that ends early has made few in vain.
 _PASSING_TOKENS = 8192
@@ -490,6 +492,13 @@ class Training:
             self.shelf.save(self.standing)
         self._saved = self.standing.step
 
+    def _products_per_second(self) -> float:
+        """Tokens a second that the matrix products of a step would allow: of each weight one forwards and two backwards, of
+        the head, which is not trained, two of the student and one of the teacher."""
+        stack = self.student.stack
+        head = stack.model.get_output_embeddings().weight.numel()
+        return measured_speed(stack.compute) / float(6 * (self.record.prunable + head))
+
     # --- the end -----------------------------------------------------------------------------------------------
 
     def give_up(self, error: object) -> None:
@@ -532,6 +541,8 @@ class Training:
                 record.bytes = write(output, self.student, self.folder)
         if trained := self._trained:
             record.tokens_per_second = record.tokens / trained
+            if self.predicts and trained > _TELLING:
+                record.products_per_second = self._products_per_second()
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         record.seconds["total"] = round(self._elapsed() + self.clock.seconds["text"], 3)
         record.peak_memory = peak_memory()

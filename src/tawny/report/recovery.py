@@ -16,7 +16,7 @@ from markupsafe import Markup
 from tawny.report.figures import PALETTE, WIDTHS, draw_panels, log_scale, to_page
 from tawny.report.html import NAME
 from tawny.report.pages import render, write_beside
-from tawny.report.view import made_with, measurements, phases, recovery_words
+from tawny.report.view import made_with, measurements, phases, recovery_words, training_speed
 from tawny.words import counted, duration, percent, quality_text, size
 
 _DOTS = 400  # points a curve keeps: more than the picture has room for
@@ -68,8 +68,7 @@ def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         tiles.append(("KL to the dense model", f"{best['kl']:.3f}", f"from {start['kl']:.3f} nats a token"))
         tiles.append(("same next word", percent(best["top1"], 1), f"from {percent(start['top1'], 1)}"))
     tiles.append(("sparsity", percent(record["sparsity"], 1), f"{record['trained']:,} numbers trained"))
-    speed = f"{record['tokens_per_second']:.0f} {units} a second while training"
-    tiles.append(("time", duration(record["seconds"].get("total", 0.0)), speed))
+    tiles.append(("time", duration(record["seconds"].get("total", 0.0)), training_speed(record)))
     before = f"{size(record['memory_before'])} before it began"
     tiles.append(("peak memory", size(record["peak_memory"]), before))
     return tiles

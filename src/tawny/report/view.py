@@ -268,6 +268,13 @@ def phases(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
     ]
 
 
+def training_speed(record: Mapping[str, Any]) -> str:
+    """Of the steps, beside what their matrix products alone would allow on this machine."""
+    spent = f"{record['tokens_per_second']:,.0f} {counted(record['text'])[1]} a second while training"
+    bound = record.get("products_per_second")
+    return f"{spent}; plain matrix products would allow {bound:,.0f}" if bound else spent
+
+
 def made_with(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Versions and machine."""
     machine = record["machine"]
