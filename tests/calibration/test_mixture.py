@@ -392,7 +392,8 @@ def test_every_verb_reads_mixtures_and_what_the_model_writes(run, short, tmp_pat
     )
     assert code == 0, err
     record = json.loads((tmp_path / "out" / "recover.json").read_text())
-    assert [one["name"] for one in record["text"]["sources"]] == [a, "self"] and record["steps"] == 8
+    assert [one["name"] for one in record["text"]["sources"]] == [a, "self"] and record["steps"] == 32
+    assert record["text"]["sources"][1]["written"]["seed"] == 3 << 30  # not what calibration has read
 
 
 def test_the_dense_model_writes_for_every_step_of_a_gradual_recovery(short, tmp_path, monkeypatch):
