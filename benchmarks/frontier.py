@@ -7,7 +7,7 @@
 
 All start from the same model, whose channels were scaled so that no side meets a grid again (fair_start.py). A cell is
 `KIND:GROUP:SPARSITY` (by `--solver`, head in int8), `fit:BITS`, or `llama:TYPE`, which llama.cpp's own quantiser makes of that
-model without an importance matrix (gguf_files.py has them with one); its file is judged dequantised, by the same evaluator.
+model with an importance matrix of the same tokens; its file is judged dequantised, by the same evaluator.
 `llama-bench` measures the speeds of these files. `CELL+MINUTES` is one of ours after so many minutes of `tawny recover` on the
 calibration text. With `--work`
 the scaled model is `DIR/source`, each model stays in `DIR/CELL`, and the same command goes on inside a fit that was stopped.
@@ -31,7 +31,7 @@ from cells import parser_for
 from fair_start import scale_channels
 from gguf import GGUFReader
 from harness import begun, keep, measured
-from llama_tools import quantise
+from llama_tools import importance, quantise
 from turns import speeds_of
 
 import tawny
@@ -51,8 +51,9 @@ UNIFORM = [
     "int3:32:0",
     "int3:64:0",
 ]
+THEIR = "llama:"
 THEIRS = [
-    f"llama:{kind}"
+    f"{THEIR}{kind}"
     for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_XS", "IQ3_XXS")
 ]
 ZEROS = [f"{kind}:{share}" for share in (0.3, 0.5, 0.6) for kind in ("bf16:", "int8:", "int4:32", "int3:32")]
@@ -130,7 +131,7 @@ def judged(model: Path, source: Path, args: Any, *, by_window: bool = False) -> 
 
 def place(work: Path, name: str) -> Path:
     """The folder or the file of a cell."""
-    return work / (f"{name[6:]}.gguf" if name.startswith("llama:") else name)
+    return work / (f"{name.removeprefix(THEIR)}.gguf" if name.startswith(THEIR) else name)
 
 
 def measure_speeds(args: Any, results: dict[str, Any]) -> None:
@@ -176,10 +177,11 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
         fitted = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
         seconds = fitted["seconds"]["total"]
         more = {key: fitted[key] for key in ("winner", "zeros", "lead", "lead_stderr", "finalists")}
-    elif name.startswith("llama:"):
+    elif name.startswith(THEIR):
         start = time.perf_counter()
         if not folder.exists():
-            quantise(source, folder, name[6:])
+            matrix = importance(source, calibration, 0, folder.with_name("imatrix@0.gguf"))
+            quantise(source, folder, name.removeprefix(THEIR), matrix)
         seconds = time.perf_counter() - start
     else:
         kind, group, sparsity = name.split(":")

@@ -31,8 +31,6 @@ from llama_tools import Judge, importance, quantise, whole
 from turns import speeds_of
 
 import tawny
-from tawny.calibration.mixture import load_texts
-from tawny.calibration.windows import sample_windows, tokenise
 from tawny.evaluation.perplexity import windows_of
 from tawny.model.source import load_tokenizer
 
@@ -84,12 +82,8 @@ class Study:
 
     def matrix(self, seed: int) -> Path:
         """llama.cpp's importance matrix of the windows that a fit of this seed is calibrated on."""
-        path: Path = self.work / f"imatrix@{seed}.gguf"
-        if not path.exists():
-            tokens = tokenise(load_texts(self.texts, "calibration", self.tokenizer), self.tokenizer)
-            windows = sample_windows(tokens, self.args.samples, self.args.seqlen, seed)
-            importance(whole(self.source, self.work), windows, self.tokenizer, path)
-        return path
+        calibration = {"text": self.texts} | {key: getattr(self.args, key) for key in ("samples", "seqlen")}
+        return importance(self.source, calibration, seed, self.work / f"imatrix@{seed}.gguf")
 
     def by_both(self, file: Path, text: str) -> dict[str, Any]:
         """KL and top-1 of the second halves of the first windows, by llama.cpp and by Tawny."""

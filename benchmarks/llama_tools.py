@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from harness import ROOT
 from torch import Tensor
 
 import tawny
+from tawny.calibration.mixture import load_texts
+from tawny.calibration.windows import sample_windows, tokenise
+from tawny.model.source import load_tokenizer
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
 
@@ -61,12 +65,19 @@ def quantise(model: str | Path, out: Path, kind: str, matrix: Path | None = None
     unfinished.rename(out)
 
 
-def importance(source: Path, tokens: Tensor, tokenizer: Any, out: Path) -> None:
-    """llama.cpp's importance matrix of a GGUF file from the windows `[samples, seqlen]`, which it reads as text, one after another."""
-    unfinished, text = out.with_suffix(".partial.gguf"), out.with_suffix(".txt")
-    text.write_text("".join(tokenizer.decode(row) for row in tokens), encoding="utf-8")
-    run("imatrix", "-m", source, "-f", text, "-c", tokens.shape[1], "-o", unfinished, "--no-ppl")
-    unfinished.rename(out)
+def importance(model: Path, calibration: Mapping[str, Any], seed: int, out: Path) -> Path:
+    """llama.cpp's importance matrix of a model, made once at `out`, from the windows that a fit with this `calibration`
+    (`text`, `samples`, `seqlen`) and seed reads; llama.cpp reads them as text, one after another."""
+    if not out.exists():
+        tokenizer = load_tokenizer(model)
+        tokens = tokenise(load_texts(calibration["text"], "calibration", tokenizer), tokenizer)
+        windows = sample_windows(tokens, calibration["samples"], calibration["seqlen"], seed)
+        unfinished, text = out.with_suffix(".partial.gguf"), out.with_suffix(".txt")
+        text.write_text("".join(tokenizer.decode(row) for row in windows), encoding="utf-8")
+        source = whole(model, out.parent)
+        run("imatrix", "-m", source, "-f", text, "-c", windows.shape[1], "-o", unfinished, "--no-ppl")
+        unfinished.rename(out)
+    return out
 
 
 class Judge:

@@ -53,7 +53,7 @@ def frontier(result: Mapping[str, Any]) -> str:
         f"{setting['model']}, channels scaled, so that neither tool meets the grid of the source again; solved by "
         f"{SOLVERS[setting['solver']]}; {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}; judged on "
         f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}. Heads are int8, "
-        f"except those of `tawny fit` and llama.cpp, which choose theirs. llama.cpp got no importance matrix.{said}\n",
+        f"except those of `tawny fit` and llama.cpp, which choose theirs. llama.cpp has an importance matrix of the same tokens.{said}\n",
     ]
     speeds = result.get("speeds", {"cells": {}})
     head = ["model", "MB", *(f"KL, {text} | top-1 | perplexity" for text in texts)]
