@@ -182,6 +182,7 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
         if not folder.exists():
             matrix = importance(source, calibration, 0, folder.with_name("imatrix@0.gguf"))
             quantise(source, folder, name.removeprefix(THEIR), matrix)
+        more = {"matrix": True}
         seconds = time.perf_counter() - start
     else:
         kind, group, sparsity = name.split(":")

@@ -179,7 +179,7 @@ def quotes():
         "docs/results/frontier.md": {
             "#, # and # % of their KL** on `wiki`, and #, # and # % on WikiText-2": 100 * np.array([cell(q, one) / cell(q, other) for one, other in zip(fit, llama, strict=True)]).T,
             "It decodes #, # and # times as fast": decode,
-            "a fit of # MB has # % of the KL of Q4_K_M** (# MB), and one of # MB has less than Q2_K (# MB)": (small[0], 100 * cell(f, "fit:6")[0] / cell(f, "llama:Q4_K_M")[0], small[1:]),
+            "a fit of # MB has # % of the KL of Q4_K_M with an importance matrix** (# MB), and one of # MB has less than Q2_K (# MB)": (small[0], 100 * cell(f, "fit:6")[0] / cell(f, "llama:Q4_K_M")[0], small[1:]),
             "is # ± #, # ± # and # ± # % below that of the best single kind": leads[q],
             "cost # times the KL of `int3` without zeros, in # times its bytes": (cell(f, "bf16::0.5")[0] / cell(f, "int3:32:0")[0], megabytes["bf16::0.5"] / megabytes["int3:32:0"]),
             "[# to # times its KL](../log/gguf.md)": gguf,

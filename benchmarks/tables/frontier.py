@@ -49,11 +49,13 @@ def frontier(result: Mapping[str, Any]) -> str:
     texts, first = setting["texts"], next(iter(cells.values()))["texts"]
     dense = ", ".join(f"{first[text]['dense']:.2f} on {text}" for text in texts)
     others, said = judged_otherwise(cells)
+    weighted = all(cell.get("matrix") for name, cell in cells.items() if group_of(name) == "llama")
+    matrix = f"llama.cpp {'has an importance matrix of the same tokens' if weighted else 'got no importance matrix'}."
     lines = [
         f"{setting['model']}, channels scaled, so that neither tool meets the grid of the source again; solved by "
         f"{SOLVERS[setting['solver']]}; {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}; judged on "
         f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}. Heads are int8, "
-        f"except those of `tawny fit` and llama.cpp, which choose theirs. llama.cpp has an importance matrix of the same tokens.{said}\n",
+        f"except those of `tawny fit` and llama.cpp, which choose theirs. {matrix}{said}\n",
     ]
     speeds = result.get("speeds", {"cells": {}})
     head = ["model", "MB", *(f"KL, {text} | top-1 | perplexity" for text in texts)]
