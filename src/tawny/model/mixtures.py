@@ -116,6 +116,10 @@ class Routed:
     gates: Tensor
     output: Tensor
 
+    def at(self, rows: Tensor) -> Routed:
+        """Some of its tokens."""
+        return Routed(self.tokens[rows], self.picked[rows], self.gates[rows], self.output[rows])
+
 
 class _Routed(Exception):
     """Ends a forward once it is known where tokens go."""
@@ -303,14 +307,6 @@ def _holds(mixture: Mixture, forward: _Forward) -> bool:
     left = seen[0]
     stayed = not bool(torch.isin(left.picked.cpu(), gone).any())
     return stayed and left.picked.shape == dense.picked.shape and bool(torch.isfinite(left.gates).all())
-
-
-def real_tokens(valid_BT: Tensor | None, one: Routed) -> Routed:
-    """A call without padding, where `valid_BT` is true of real tokens; None: nothing is padding."""
-    if valid_BT is None or valid_BT.numel() != len(one.tokens):
-        return one
-    rows = valid_BT.flatten().to(one.tokens.device)
-    return Routed(one.tokens[rows], one.picked[rows], one.gates[rows], one.output[rows])
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from typing import Any, final
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from tawny.errors import ModelError, RecipeError, UserError
 from tawny.model.couplings import probe_of
-from tawny.model.mixtures import Mixture, Routed, real_tokens, routed, without
+from tawny.model.mixtures import Mixture, Routed, routed, without
 from tawny.model.own_blocks import KEY
 from tawny.model.skeleton import build_skeleton
 from tawny.model.stack import Stack
@@ -227,18 +226,13 @@ class Cut(Visitor):
         seen = self._seen(block, mixture)
         removed = round(self.allocation[mixture.linears[0].name] * mixture.count)
         scores_E = self.session.job.expert_solver.expert_scores(seen)
-        gone = (
-            removed_experts(scores_E, removed, mixture.groups)
-            if removed
-            else torch.tensor([], dtype=torch.int64)
-        )
+        gone = removed_experts(scores_E, removed, mixture.groups)
         with block.run.clock("forward"), without(mixture, gone):
             for name in block.wanted:
                 block.streams[name].advance(index)
         kept = torch.tensor([expert for expert in range(mixture.count) if expert not in gone.tolist()])
         for name in mixture.tensors:
             stack.stored[name] = stack.stored[name].index_select(0, kept.to(stack.stored[name].device))
-        felt = self.answers[mixture.name]["felt"] if self.answers and removed else []
         self.session.record.experts.append(
             {
                 "block": index,
@@ -248,7 +242,7 @@ class Cut(Visitor):
                 "removed": gone.tolist(),
                 "chosen": seen.chosen.tolist(),
                 "scores": scores_E.tolist(),
-                "felt": felt[removed - 1] if felt else None,
+                "felt": self.answers[mixture.name]["felt"][removed - 1] if self.answers and removed else None,
             }
         )
         self._record(mixture, index, set(gone.tolist()), removed / mixture.count, time.perf_counter() - start)
@@ -275,15 +269,16 @@ class Cut(Visitor):
     def _seen(self, block: Block, mixture: Mixture) -> ExpertsSeen:
         """What the samples show of the experts, and what their weights do."""
         stack, run, stream = block.stack, block.run, block.streams.get(PRUNED)
-        chosen_E = torch.zeros(mixture.count, dtype=torch.int64)
-        strength_E = torch.zeros(mixture.count, dtype=torch.float64)
+        observed = mixture.count if stream is not None else 0
+        chosen_E = torch.zeros(observed, dtype=torch.int64)
+        strength_E = torch.zeros(observed, dtype=torch.float64)
         with run.clock("observe"):
             for chunk in range(len(stream) if stream is not None else 0):
                 assert stream is not None
                 with routed(mixture) as calls:
                     stack.forward(block.index, stream.hidden[chunk].clone(), stream.call(block.index, chunk))
-                for one in map(partial(real_tokens, stream.valid(chunk)), list(calls)):
-                    self._count(mixture, one, chosen_E, strength_E)
+                for one in calls:
+                    self._count(mixture, one, stream.valid(chunk), chosen_E, strength_E)
                 run.progress.detail("observing", chunk + 1, len(stream))
         if stream is not None and run.ranks.several:
             run.ranks.sum([chosen_E, strength_E])
@@ -292,18 +287,18 @@ class Cut(Visitor):
             assert linear.expert is not None
             sizes_E[linear.expert] += float(stack.look(linear).abs().sum(dtype=torch.float64))
         left = self.answers[mixture.name]["left"] if self.answers else []
-        return ExpertsSeen(
-            chosen_E if stream is not None else chosen_E[:0],
-            strength_E if stream is not None else strength_E[:0],
-            sizes_E,
-            torch.tensor(left, dtype=torch.float64),
-        )
+        return ExpertsSeen(chosen_E, strength_E, sizes_E, torch.tensor(left, dtype=torch.float64))
 
-    def _count(self, mixture: Mixture, one: Routed, chosen_E: Tensor, strength_E: Tensor) -> None:
+    def _count(
+        self, mixture: Mixture, one: Routed, valid_BT: Tensor | None, chosen_E: Tensor, strength_E: Tensor
+    ) -> None:
+        """Add what a call shows of each expert; what is padding does not count."""
+        rows_T = torch.arange(len(one.tokens))
+        if valid_BT is not None and valid_BT.numel() == len(rows_T):
+            rows_T = rows_T[valid_BT.flatten().cpu()]
         with self.session.job.stack.plain_experts():
-            for start in range(0, len(one.tokens), _PIECE):
-                here = slice(start, start + _PIECE)
-                piece = Routed(one.tokens[here], one.picked[here], one.gates[here], one.output[here])
+            for rows in torch.split(rows_T.to(one.tokens.device), _PIECE):
+                piece = one.at(rows)
                 norms_TK = torch.linalg.vector_norm(mixture.each(piece).float(), dim=-1)
                 added = (norms_TK * piece.gates.float()).flatten().double().cpu()
                 picked = piece.picked.flatten().cpu()
