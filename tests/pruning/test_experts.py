@@ -13,6 +13,7 @@ from tawny.errors import Interrupted, UserError
 from tawny.pruning.experts import Cut
 from tests.reference.experts import logits_without, scores_by_hand
 from tests.tiny import tiny_model, tokens
+from tests.tokenizer import tiny_tokenizer
 
 _LATENT = {
     "n_shared_experts": 1,
@@ -161,6 +162,20 @@ def test_blocks_may_keep_different_numbers_of_experts(tmp_path):
     cut = tawny.load(tmp_path / "cut", dtype=torch.float32)
     torch.testing.assert_close(cut(ids).logits, logits_without(model, gone, ids), atol=2e-4, rtol=2e-4)
     assert any("plain transformers does not" in warning for warning in record.warnings)
+
+
+def test_last_line_is_the_command_that_counts_loops_beside_the_dense_model(tmp_path, run, monkeypatch):
+    saved("mixtral", tmp_path / "dense", vocab_size=len(tiny_tokenizer()))
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = ("-p", "experts", "-s", 0.25, "-m", "magnitude")
+    code, out, err = run("prune", "dense", "--out", "cut", *asked)
+    assert code == 0, err
+    command = out.splitlines()[-1].split("?")[1].split()
+    assert command == ["tawny", "eval", "cut", "--against", "dense", "--loops"]
+    code, _, err = run(*command[1:], "--text", tmp_path / "none.txt")  # which it reads as it stands
+    assert code == 2 and "none.txt" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

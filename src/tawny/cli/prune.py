@@ -173,5 +173,8 @@ def record_tables(record: Result) -> list[Frame]:
     rows += [("warning", warning) for warning in record["warnings"][:5]]
     if len(record["warnings"]) > 5:
         rows.append(("", f"and {len(record['warnings']) - 5} more warnings in run.json"))
+    if record.get("experts"):
+        command = shlex.join(["tawny", "eval", record["out"], "--against", record["source"], "--loops"])
+        rows.append(("repeats itself?", command))
     compared = quality(record["evaluation"])
     return [allocation_table(record["linears"]), facts(rows), *([compared] if compared else [])]
