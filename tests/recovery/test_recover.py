@@ -442,6 +442,7 @@ def test_settings_that_make_no_sense_are_refused(keys, words):
         ({"minutes": 50}, 4),
         ({"minutes": 10, "seqlen": 32}, 4),
         ({"minutes": 10, "batch": 4}, 4),
+        ({"minutes": 10, "text": "images:photos"}, 4),
     ],
 )
 def test_a_run_of_few_steps_reads_one_window_in_each(keys, windows):

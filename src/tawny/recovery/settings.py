@@ -159,7 +159,9 @@ class Recovery:
 
     @property
     def _usual_batch(self) -> int:
-        """One window where a few make fewer than a hundred steps: a short run gains more from steps than from even ones."""
+        """One window where a few make fewer than a hundred steps: a short run of text gains more from steps than from even ones."""
+        if any(source.is_pictures for source in parse_texts(self.text)):
+            return _WINDOWS
         tokens = min(self.tokens, READ_A_MINUTE * self.minutes if self.minutes else math.inf)
         return 1 if tokens < _FEW_STEPS * _WINDOWS * self.seqlen else _WINDOWS
 
