@@ -28,7 +28,7 @@ class RecoveryRecord:
         seconds: wall time by phase and in all; of a run that was stopped, up to each state it went on from.
         tokens_per_second: of the training steps alone.
         products_per_second: tokens a second that their matrix products alone would allow, as fast as a large plain one is here;
-            all experts of a mixture are counted. 0 where there were few steps to tell.
+            all experts of a mixture are counted. 0 on another device than the CPU, and where there were few steps to tell.
         stopped: why it ended: tokens, minutes, patience, or nan.
         stages: of a gradual recovery, one a sparsity.
     """

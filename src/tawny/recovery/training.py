@@ -541,7 +541,7 @@ class Training:
                 record.bytes = write(output, self.student, self.folder)
         if trained := self._trained:
             record.tokens_per_second = record.tokens / trained
-            if self.predicts and trained > _TELLING:
+            if self.predicts and trained > _TELLING and settings.device == "cpu":
                 record.products_per_second = self._products_per_second()
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         record.seconds["total"] = round(self._elapsed() + self.clock.seconds["text"], 3)
