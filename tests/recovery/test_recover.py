@@ -442,6 +442,7 @@ def test_settings_that_make_no_sense_are_refused(keys, words):
         ({"minutes": 50}, 4),
         ({"minutes": 10, "seqlen": 32}, 4),
         ({"minutes": 10, "batch": 4}, 4),
+        ({"minutes": 10, "micro_batch": 2}, 2),
         ({"minutes": 10, "text": "images:photos"}, 4),
     ],
 )

@@ -163,7 +163,8 @@ class Recovery:
         if any(source.is_pictures for source in parse_texts(self.text)):
             return _WINDOWS
         tokens = min(self.tokens, READ_A_MINUTE * self.minutes if self.minutes else math.inf)
-        return 1 if tokens < _FEW_STEPS * _WINDOWS * self.seqlen else _WINDOWS
+        few = tokens < _FEW_STEPS * _WINDOWS * self.seqlen
+        return (self.micro_batch or 1) if few else _WINDOWS
 
     def rate_for(self, width: int) -> float | None:
         """The highest rate for a model whose first linear has so many inputs; None is the default as it is."""
