@@ -158,7 +158,7 @@ class Sequences:
         end = min(sequence.length + most, len(sequence.ids)) if self.keeps else len(sequence.ids)
         part = sequence.ids[sequence.length : end]
         if len(part) == 1 and 0 < sequence.length == len(sequence.ids) - 1 and self._step is not None:
-            # All that is left of a prompt that comes again: a step takes a fifth of the time of a forward.
+            # All that is left of a prompt that comes again. A step is one call, where a forward runs the model's own Python.
             return self.step({sequence: int(part)})[sequence].clone()
         logits = sequence.decoder.prefill(part)
         sequence.length = end
