@@ -153,9 +153,3 @@ def test_members_are_searched_and_prune_takes_the_file(family, tmp_path):
     given = {"allocator": "file", "allocator.path": str(tmp_path / "a.yaml")}
     record = tawny.prune(model, calibration=tokens(8, 24), **{**keys, "sparsity": float(said[1])}, **given)
     assert record.allocation == pytest.approx(found.allocation)
-
-
-def test_a_stand_in_for_single_weights_is_refused():
-    keys = {"sparsity": 0.3, "pattern": "channels", "calibration": tokens(8, 24), "search.proxy": "wanda"}
-    with pytest.raises(RecipeError, match=r"search\.proxy wanda .* leave it out"):
-        tawny.search(tiny_model("llama"), **keys)

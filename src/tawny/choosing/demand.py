@@ -22,7 +22,6 @@ from typing import Any
 from tawny.calibration.statistics import Needs, most
 from tawny.choosing.candidates import surveyed
 from tawny.choosing.settings import FitSettings, SearchSettings
-from tawny.errors import RecipeError
 from tawny.model.streams import Samples
 from tawny.pruning.prepare import Job, demand_of
 from tawny.run.memory import LOGIT_BYTES, Demand, Load
@@ -38,21 +37,13 @@ _HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through 
 _PACKED_END = 16
 
 
-def solver_of_levels(settings: SearchSettings, job: Job) -> tuple[str, Solver | MemberSolver]:
-    """What makes the solutions that are compared: `proxy`, or what the solver names as quick and alike.
-
-    Raises:
-        RecipeError: a proxy is named, and whole members go.
-    """
+def solver_of_levels(job: Job) -> tuple[str, Solver | MemberSolver]:
+    """What makes the solutions that are compared: the recipe's solver, or the one that it names as quick and alike."""
     own = job.recipe.solver.name
     if job.couplings:
-        if settings.proxy not in (None, own):
-            raise RecipeError(
-                f"search.proxy {settings.proxy} stands in for a solver of single weights, and {job.budget_pattern} are none: leave it out"
-            )
         return own, job.member_solver
-    other = settings.proxy or job.weight_solver.stand_in
-    return (own, job.weight_solver) if other in ("", own) else (other, SOLVERS[other]())
+    quick = job.weight_solver.stand_in
+    return (quick, SOLVERS[quick]()) if quick else (own, job.weight_solver)
 
 
 def searched_windows(settings: SearchSettings, held_out: int) -> int:
@@ -107,7 +98,7 @@ class SearchDemand:
         if load.given is not None:
             windows, length = held_back(settings, load.given)
         survey = surveyed(settings.families)
-        solver = solver_of_levels(settings, job)[1]
+        solver = solver_of_levels(job)[1]
         finals = replace(demand_of(job, load), samples=count, seqlen=load.seqlen, refining=False)
         needs: Needs = "hessian" if job.recipe.refit else solver.needs
         levels = replace(

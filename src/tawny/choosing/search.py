@@ -148,7 +148,7 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
     samples = calibration.first(max(1, math.ceil(settings.tokens / calibration.seqlen)))
     searched = searched_windows(settings, len(held_out))
     windows, deciding = range(searched), range(searched, len(held_out))
-    name_of_solver, solver = solver_of_levels(settings, job)
+    name_of_solver, solver = solver_of_levels(job)
     survey = surveyed(settings.families)
     asks, factor = replace(session, samples=calibration), job.recipe.output.factor or "none"
     with _level_store(session, space) as store, asking_output(asks, factor) as session:

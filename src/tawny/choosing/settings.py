@@ -39,7 +39,6 @@ class SearchSettings:
         length: tokens of a window, at most those of a calibration sample.
         repeat: share of a window, at its end, that says again what stood before, so that copying counts.
         tokens: of the calibration that the solutions are made with.
-        proxy: solver of the solutions; None: the recipe's, or the quicker one that it names.
         budget: time such as 10m after which no new round begins; then another run need not give the same bytes.
     """
 
@@ -52,7 +51,6 @@ class SearchSettings:
     length: Annotated[int, Field(ge=2)] = 1024
     repeat: Annotated[float, Field(ge=0, le=0.5)] = 0.125
     tokens: Count = 32768
-    proxy: str | None = None
     budget: str | float | None = None
 
     @classmethod
@@ -62,8 +60,6 @@ class SearchSettings:
         Raises:
             RecipeError: an unknown key or a value out of range.
         """
-        from tawny.solvers import SOLVERS
-
         settings = _validated(cls, "search", base, keys)
         if settings.levels % 2 == 0:
             raise RecipeError(
@@ -74,10 +70,6 @@ class SearchSettings:
                 raise RecipeError(
                     f"search.candidates names {name!r}{nearest(name, FAMILIES)}: {', '.join(FAMILIES)}"
                 )
-        if settings.proxy is not None and settings.proxy not in SOLVERS:
-            raise RecipeError(
-                f"search.proxy {settings.proxy!r} is not a solver{nearest(settings.proxy, SOLVERS)}: {', '.join(SOLVERS)}"
-            )
         _ = settings.seconds
         return settings
 

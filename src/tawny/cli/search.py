@@ -40,7 +40,7 @@ def search(
     """Try allocations on MODEL and write the best one, for `tawny prune -a FILE`. Uniform wins ties.
 
     More of the search is set by -o search.KEY=VALUE: offspring, levels, candidates, finalists, windows, length, repeat,
-    tokens, proxy.
+    tokens.
     """
     given.refuse(["allocator"], "a search chooses")
     rest, own = given.parted("search.")
