@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tawny
 from tawny.calibration.mixture import load_texts, parse_texts, texts_identity
@@ -25,7 +26,7 @@ from tawny.decoding import author as writing
 from tawny.decoding.author import Author
 from tawny.errors import RecipeError, TextError
 from tawny.pruning import session as session_module
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"
@@ -239,6 +240,33 @@ def test_a_model_writes_seeded_text_without_repeated_passages(family, short):
     for row in writing._sampled(model, starts, 90, tawny.progress.silent).tolist():
         passages = [tuple(row[i : i + writing.PASSAGE]) for i in range(len(row) - writing.PASSAGE + 1)]
         assert len(row) == 90 and len(passages) == len(set(passages))
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_single_token_attends_by_plain_products_as_by_torchs_own(monkeypatch, padding):
+    ids = tokens(3, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+
+    @torch.no_grad()
+    def logits(dtype=torch.float32):
+        model = tiny_model("llama").to(dtype)
+        seen = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+        return model(ids[:, -1:], attention_mask=mask, past_key_values=seen).logits.float()
+
+    queries, usual = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *a, **keys: queries.append(a[1].shape[2]) or usual(*a, **keys)
+    )
+    whole, half = logits(), logits(torch.bfloat16)
+    assert set(queries) == {1, 6}
+    queries.clear()
+    with writing._heads_grouped():
+        torch.testing.assert_close(logits(), whole, rtol=1e-4, atol=1e-5)
+        assert (logits(torch.bfloat16) - whole).norm() < 1.5 * (half - whole).norm()
+    assert set(queries) == {6}
+    logits()
+    assert set(queries) == {1, 6}
 
 
 def test_words_are_drawn_by_their_probability():
