@@ -7,8 +7,8 @@
 
 A cell is `RECIPE:SPARSITY`, that packed as `:KIND` (head in int8), `int4:GROUP` (no zeros, solved on the grid),
 `recovered:MINUTES` of the refined model (`best:0.5`), that packed as `:int8`, or `llama:TYPE`, made by llama.cpp's own quantiser (`make
-llama`) from the dequantised model and judged dequantised, by the same evaluator. Recipes are those of recipes/, `sparsegpt` (uniform) and
-`2:4`. Every model is made in DIR and stays there.
+llama`) from the dequantised model and judged dequantised, by the same evaluator. Recipes are those of recipes/, `default`, `sparsegpt`
+(uniform) and `2:4`. Every model is made in DIR and stays there.
 
 Texts: `wiki`, the given text, the English of `pydoc_data.topics`, and every tenth module of the standard library by name.
 Calibration reads half `wiki` and half the other modules. The model is a GGUF file of few bits: what is lost against it
@@ -39,7 +39,7 @@ from tawny.model.source import resolve
 
 CELLS = [
     "dense",
-    *(f"{recipe}:0.5" for recipe in ("fast", "official-owl-sparsegpt-70", "sparsegpt", "best")),
+    *(f"{recipe}:0.5" for recipe in ("default", "fast", "official-owl-sparsegpt-70", "sparsegpt", "best")),
     *(f"{recipe}:0.6" for recipe in ("fast", "official-owl-sparsegpt-70", "sparsegpt")),
     "2:4",
     "fast:0.5:bf16",
@@ -192,7 +192,7 @@ def make(args: argparse.Namespace, name: str, folder: Path) -> None:
             "prune", args.model, "--out", folder, "-s", rest, "-a", "uniform", "-m", "sparsegpt", *calibration
         )
     else:
-        recipe = REFINED if head == "best" else ["-c", head]
+        recipe = {"best": REFINED, "default": []}.get(head, ["-c", head])
         tawny_("prune", args.model, "--out", folder, *recipe, "-s", rest, *calibration)
 
 
