@@ -457,8 +457,18 @@ def test_a_teacher_writes_no_more_than_the_minutes_read_and_enough_for_a_batch()
 
     assert written(0.5) == 65_536 and written(0.5, minutes=600) == 65_536
     assert written(0.5, minutes=10) == 20_480 and written(0.5, tokens=30_000, minutes=10) == 15_000
-    # A batch, a window to measure on, and a tenth more
-    assert written(0.25, minutes=0.1, batch=4) == 7 * 512 and written(0.25, minutes=0.1, batch=32) == 39 * 512
+    # A batch, windows to measure on, and a tenth more
+    assert written(0.25, minutes=0.1, batch=4) == 7 * 512 and written(0.25, minutes=0.1, batch=32) == 44 * 512
+
+
+@pytest.mark.parametrize("written, held_out", [({}, 5), ({"seed": 0}, 16)])
+def test_more_of_a_text_that_the_dense_model_writes_is_held_out(pair, monkeypatch, written, held_out):
+    text = Text("self", " ".join(["text"] * 500), 1, "", written=written)
+    loaded = TextMixture((text,))
+    monkeypatch.setattr("tawny.recovery.data.load_texts", lambda *_: loaded)
+    settings = tawny.Recovery.make(text="self", seqlen=24, batch=4, tokens=2400)
+    reading = read(settings, AutoTokenizer.from_pretrained(pair[0]))
+    assert len(reading.held_out) == held_out
 
 
 def test_of_a_long_text_windows_from_all_of_it_are_read():
