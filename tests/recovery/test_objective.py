@@ -36,6 +36,21 @@ def test_chunks_give_the_loss_and_gradient_of_all_logits_at_once(batch, length, 
     torch.testing.assert_close(student.weight.grad, expected[1], rtol=1e-4, atol=1e-6)
 
 
+def test_windows_may_weigh_the_teacher_unequally():
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(6, 11), nn.Linear(6, 11)
+    hidden, seen = torch.randn(3, 5, 6, requires_grad=True), torch.randn(3, 5, 6)
+    ids, weights = torch.randint(11, (3, 5)), torch.tensor([1.0, 0.5, 0.0])
+    each = [
+        whole_loss(student(hidden[b : b + 1]), teacher(seen[b : b + 1]), ids[b : b + 1], float(weights[b]))
+        for b in range(3)
+    ]
+    torch.stack(each).mean().backward()
+    tails = [lambda _, h: student(h), lambda _, h: teacher(h)]
+    _, gradient = distil(*tails, ids, hidden, seen, kl=weights, chunk=3, scale=1 / 12)
+    torch.testing.assert_close(gradient, hidden.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_a_model_that_is_its_own_teacher_has_no_divergence_and_always_agrees():
     head = nn.Linear(5, 7)
     hidden, ids = torch.randn(2, 4, 5), torch.randint(7, (2, 4))

@@ -469,6 +469,7 @@ def test_more_of_a_text_that_the_dense_model_writes_is_held_out(pair, monkeypatc
     settings = tawny.Recovery.make(text="self", seqlen=24, batch=4, tokens=2400)
     reading = read(settings, AutoTokenizer.from_pretrained(pair[0]))
     assert len(reading.held_out) == held_out
+    assert {reading.own(row) for row in range(reading.training)} == {bool(written)}
 
 
 def test_of_a_long_text_windows_from_all_of_it_are_read():

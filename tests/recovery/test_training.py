@@ -16,7 +16,9 @@ from torch import nn
 import tawny
 from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError
 from tawny.model.checkpoint import PACKED_INDEX as INDEX
+from tawny.model.streams import Samples
 from tawny.recovery import training
+from tawny.recovery.data import ReadingOrder, TrainingWindows
 from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
@@ -454,3 +456,22 @@ def test_a_folder_packed_in_another_kind_than_its_own_several_keeps_that_one(pai
     tawny.pack(tmp_path / "solved", tmp_path / "packed", "int8")
     recover_pair(pair, tmp_path / "out", source=tmp_path / "packed", tokens=24 * 4)
     assert values_of(tmp_path / "out") == {"int8"}
+
+
+def test_text_that_the_dense_model_wrote_learns_from_its_probabilities_alone(monkeypatch):
+    def trained(**keys):
+        dense, pruned = dense_and_pruned()
+        recover_live(pruned, dense, **keys)
+        return pruned.state_dict()
+
+    given, alone = trained(kl=0.5), trained(kl=1.0)
+    monkeypatch.setattr(TrainingWindows, "own", lambda self, row: True)
+    written = trained(kl=0.5)
+    assert all(torch.equal(written[name], alone[name]) for name in written)
+    assert not all(torch.equal(written[name], given[name]) for name in written)
+
+
+def test_which_windows_the_dense_model_wrote_is_known_by_their_text():
+    samples, order = Samples(torch.zeros(7, 4, dtype=torch.int64)), ReadingOrder([3, 2], [0.5, 0.5], 0)
+    reading = TrainingWindows(samples, order, 1, {}, [False, True])
+    assert [reading.own(row) for row in range(7)] == [False] * 3 + [True] * 2 + [False] * 2

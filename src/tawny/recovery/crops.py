@@ -61,6 +61,9 @@ class Crops:
     def held_out(self) -> list[int]:
         return list(range(self.training, self.training + len(self.measured)))
 
+    def own(self, row: int) -> bool:
+        return False
+
     def rows(self, step: int) -> list[int]:
         """Crops of one step."""
         return list(range(step * self.batch, (step + 1) * self.batch))

@@ -9,6 +9,7 @@ reads what an uninterrupted one would have.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,10 @@ class Reading(Protocol):
     """
 
     about: dict[str, Any]
+
+    def own(self, row: int) -> bool:
+        """Whether the dense model wrote what is read there."""
+        ...
 
     @property
     def passes(self) -> bool: ...
@@ -117,6 +122,7 @@ class TrainingWindows:
     order: ReadingOrder
     batch: int
     about: dict[str, Any]
+    written: Sequence[bool] = ()  # which of the order's texts the dense model wrote; none if empty
     passes: ClassVar[bool] = False
 
     @property
@@ -140,6 +146,10 @@ class TrainingWindows:
         """Training windows of one step."""
         first = step * self.batch
         return [self.order.row(position) for position in range(first, first + self.batch)]
+
+    def own(self, row: int) -> bool:
+        ends = itertools.accumulate(self.order.counts)
+        return next((own for end, own in zip(ends, self.written, strict=False) if row < end), False)
 
     def take(self, rows: Sequence[int]) -> Samples:
         return self.samples.take(rows)
@@ -165,7 +175,7 @@ def read(
     if text is not None:
         check_given("text", text)
         about: dict[str, Any] = {"name": "tokens"}
-        name, shares = "the tokens given", [1.0]
+        name, shares, written = "the tokens given", [1.0], [False]
         parts = [_parted(Samples(text).tokens.cpu(), settings.eval_windows, held_out is not None)]
     else:
         loaded = load_texts(settings.text, "calibration", tokenizer, own)
@@ -177,6 +187,7 @@ def read(
         each_text = zip(loaded.texts, tokens, most, strict=True)
         how: dict[str, Any] = {"given": held_out is not None, "around": around}
         parts = [_windows(*one, settings, tokenizer, **how) for one in each_text]
+        written = [bool(one.written) for one in loaded.texts]
         _check_read(loaded, [windows for windows, _ in parts])
     if held_out is None:
         kept = [held for _, held in parts]
@@ -199,7 +210,7 @@ def read(
     both = torch.cat([*each, held_out])
     about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
     order = ReadingOrder(list(map(len, each)), shares, settings.seed)
-    return TrainingWindows(Samples(both), order, settings.batch, about)
+    return TrainingWindows(Samples(both), order, settings.batch, about, written)
 
 
 def _spread(windows: Tensor, most: int) -> Tensor:

@@ -59,7 +59,7 @@ def distil(
     hidden_BTH: Tensor,
     teacher_BTH: Tensor | None,
     *,
-    kl: float,
+    kl: float | Tensor,
     chunk: int,
     scale: float | None = None,
 ) -> tuple[Losses, Tensor | None]:
@@ -68,7 +68,7 @@ def distil(
     Args:
         student, teacher: the model's norm and head. Gradients of the student's own parameters are accumulated.
         hidden_BTH, teacher_BTH: outputs of the last blocks.
-        kl: κ.
+        kl: κ, of all windows or of each `[B]`.
         chunk: tokens at once.
         scale: multiplies the gradient of the summed loss; None measures only.
     """
@@ -79,6 +79,8 @@ def distil(
     teacher_1TH = None if teacher_BTH is None else teacher_BTH[:, :-1].reshape(1, -1, teacher_BTH.shape[-1])
     gradient_1TH = None if scale is None else torch.empty_like(hidden_1TH)
     total = Losses(len(targets_T))
+    kl_B = torch.as_tensor(kl, dtype=torch.float32, device=hidden_BTH.device).expand(len(ids_BT))
+    kl_T1 = kl_B.repeat_interleave(ids_BT.shape[1] - 1)[:, None]
     for start in range(0, len(targets_T), chunk):
         part = slice(start, start + chunk)
         with torch.set_grad_enabled(scale is not None):
@@ -101,7 +103,7 @@ def distil(
                         None if teacher_NV is None else teacher_NV[some],
                         targets_T[part][some, None],
                         None if slope_NV is None else slope_NV[some],
-                        kl=kl,
+                        kl_R1=kl_T1[part][some],
                         scale=scale,
                     )
                 )
@@ -159,7 +161,7 @@ def _chunk(
     targets_R1: Tensor,
     slope_RV: Tensor | None,
     *,
-    kl: float,
+    kl_R1: Tensor,
     scale: float | None,
 ) -> Losses:
     """Losses of some tokens, and their gradient with respect to the logits written into `slope_RV`."""
@@ -177,10 +179,11 @@ def _chunk(
         losses.kl = float((apart - log_sum_teacher_R + log_sum_R).sum(dtype=torch.float64))
     if slope_RV is None or scale is None:
         return losses
+    said_weight_R1 = torch.ones_like(kl_R1)
     if p_teacher_RV is not None:
-        p_RV.sub_(p_teacher_RV, alpha=kl)
-    weight = 1.0 - kl if p_teacher_RV is not None else 1.0
-    p_RV.scatter_add_(1, targets_R1, torch.full_like(targets_R1, -weight, dtype=p_RV.dtype))
+        p_RV.sub_(p_teacher_RV.mul_(kl_R1))
+        said_weight_R1 = 1.0 - kl_R1
+    p_RV.scatter_add_(1, targets_R1, -said_weight_R1)
     slope_RV.copy_(p_RV.mul_(scale))
     return losses
 

@@ -68,7 +68,8 @@ class Recovery:
             is as long as its model makes it. `make` takes one window a step for a run of less than a hundred steps of four.
         lr: the highest; the default depends on `train`, and is lower for wide models and for those that see.
         warmup: share of the run in which it rises, or eight steps if they are more; 0 begins with the highest.
-        kl: weight of KL(teacher‖student) in the loss, the rest is next-token loss; 0 needs no teacher.
+        kl: weight of KL(teacher‖student) in the loss, the rest is next-token loss; 0 needs no teacher. In text `self`, whose
+            tokens the teacher drew, it is 1: their loss has the same mean slope, and noise.
         weight_decay: of surviving weights, not of norms, biases or scales.
         clip: largest norm of the gradient.
         eval_every, eval_windows: steps between measurements on held-out windows, and how many.

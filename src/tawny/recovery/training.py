@@ -349,7 +349,7 @@ class Training:
             samples.tokens,
             hidden_BTH,
             None if teacher is None else teacher.hidden(rows),
-            kl=self._kl,
+            kl=torch.tensor([1.0 if self.reading.own(row) else self._kl for row in rows]),
             chunk=self.chunk,
             scale=scale,
         )
