@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,6 +268,26 @@ def test_a_single_token_attends_by_plain_products_as_by_torchs_own(monkeypatch, 
     assert set(queries) == {6}
     logits()
     assert set(queries) == {1, 6}
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("masked", [None, torch.bool, torch.float32])
+def test_masks_of_all_heads_and_of_each_are_heeded_by_name(heads, masked):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    states = normal(3, 4, 1, 8), normal(3, 2, 5, 8), normal(3, 2, 5, 6)
+    mask = {None: None, torch.bool: normal(3, heads, 1, 5) < 1, torch.float32: normal(3, heads, 1, 5)}[masked]
+
+    def attended():
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, attention_mask=mask, scaling=0.3)[0]
+
+    expected = attended()
+    with writing._heads_grouped():
+        torch.testing.assert_close(attended(), expected)
 
 
 def test_words_are_drawn_by_their_probability():

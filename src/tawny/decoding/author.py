@@ -250,25 +250,26 @@ def _heads_grouped() -> Iterator[None]:
 
     def attend(
         module: nn.Module,
-        query_BHQD: Tensor,
-        key_BKTD: Tensor,
-        value_BKTD: Tensor,
-        mask: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         **keys: Any,
-    ) -> tuple[Tensor, None]:
-        count, heads, queries, width = query_BHQD.shape
-        more = keys.get("position_bias") is not None or keys.get("softcap") is not None
-        if queries > 1 or query_BHQD.is_cuda or more:
-            return usual(module, query_BHQD, key_BKTD, value_BKTD, mask, **keys)  # type: ignore[no-any-return]
-        scale = keys.get("scaling") or width**-0.5
-        query_BKGD = query_BHQD.reshape(count, key_BKTD.shape[1], -1, width)
-        scores_BKGT = (query_BKGD @ key_BKTD.transpose(-1, -2)).float() * scale
-        if mask is not None:
-            scores_BKGT = (
-                scores_BKGT.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores_BKGT + mask
-            )
-        out_BKGD = scores_BKGT.softmax(-1).to(value_BKTD.dtype) @ value_BKTD
-        return out_BKGD.reshape(count, 1, heads, -1), None
+    ) -> tuple[
+        Tensor, None
+    ]:  # by the names that models call it with: [B, H, Q, D], twice [B, K, T, D], [B, 1, Q, T]
+        count, heads, queries, width = query.shape
+        each_head = attention_mask is not None and attention_mask.shape[1] > 1
+        more = each_head or any(keys.get(name) is not None for name in ("position_bias", "softcap"))
+        if queries > 1 or query.device.type != "cpu" or more:
+            return usual(module, query, key, value, attention_mask, **keys)  # type: ignore[no-any-return]
+        query_BKGD = query.reshape(count, key.shape[1], -1, width)
+        scores_BKGT = (query_BKGD @ key.transpose(-1, -2)).float() * (keys.get("scaling") or width**-0.5)
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            scores_BKGT = scores_BKGT.masked_fill(~attention_mask, -math.inf)
+        elif attention_mask is not None:
+            scores_BKGT = scores_BKGT + attention_mask
+        return (scores_BKGT.softmax(-1).to(value.dtype) @ value).reshape(count, 1, heads, -1), None
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:
