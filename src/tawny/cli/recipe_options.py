@@ -41,7 +41,7 @@ class Given:
         str | None,
         shared(
             "-a --allocator NAME",
-            "How blocks share the budget: a name, or the file of an allocation. Default: atp, or owl for bits of a mean.",
+            "How blocks share the budget: a name, or the file of an allocation. Default: curves; atp where the output is not asked, owl for bits of a mean.",
             RECIPE,
         ),
     ] = None
