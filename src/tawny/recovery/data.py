@@ -122,7 +122,7 @@ class TrainingWindows:
     order: ReadingOrder
     batch: int
     about: dict[str, Any]
-    written: Sequence[bool] = ()  # which of the order's texts the dense model wrote; none if empty
+    written: Sequence[bool]  # which of the order's texts the dense model wrote
     passes: ClassVar[bool] = False
 
     @property
@@ -149,7 +149,7 @@ class TrainingWindows:
 
     def own(self, row: int) -> bool:
         ends = itertools.accumulate(self.order.counts)
-        return next((own for end, own in zip(ends, self.written, strict=False) if row < end), False)
+        return next((own for end, own in zip(ends, self.written, strict=True) if row < end), False)
 
     def take(self, rows: Sequence[int]) -> Samples:
         return self.samples.take(rows)
@@ -266,7 +266,9 @@ def read_given(settings: Recovery, given: Samples, held_out: Samples | None) -> 
         "tokens_sha256": tokens_identity(both),
         "counted": ["samples", "positions"],
     }
-    return TrainingWindows(both, ReadingOrder([len(given)], [1.0], settings.seed), settings.batch, about)
+    return TrainingWindows(
+        both, ReadingOrder([len(given)], [1.0], settings.seed), settings.batch, about, [False]
+    )
 
 
 def written_tokens(settings: Recovery, share: float) -> int:
