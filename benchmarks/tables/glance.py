@@ -48,9 +48,8 @@ def glance(frontier_qwen: Mapping[str, Any], evidence: Mapping[str, Any]) -> str
         "\n".join(lines)
         + f"\n\n<sub>Qwen2.5-Coder-1.5B on {tokens:,} tokens of `{text}`: ± {error:.1f} points at most (binomial), one seed. "
         f"The original has {dense['bytes'] / 1e9:.2f} GB and makes {dense['decode_tokens_per_second']:.1f} tokens/s in a run of its own. "
-        f"Two threads of an {speeds['cpu'].replace('(R)', '')}. Fits are calibrated on `{text}`; llama.cpp got no importance matrix. "
-        "[Settings, KL and other texts](docs/results/frontier.md#the-same-on-qwen25-coder-15b); "
-        "[with an importance matrix](docs/log/gguf.md).</sub>\n"
+        f"Two threads of an {speeds['cpu'].replace('(R)', '')}. Fits are calibrated on `{text}`; llama.cpp has an importance matrix of the same tokens. "
+        "[Settings, KL and other texts](docs/results/frontier.md#the-same-on-qwen25-coder-15b).</sub>\n"
     )
 
 
