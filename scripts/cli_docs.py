@@ -9,6 +9,7 @@ It reads names and help texts rather than the drawn help, whose layout changes w
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,16 @@ def render() -> str:
     """The whole page."""
     root: Any = typer.main.get_command(app)
     parts = [_HEAD, root.help.strip() + "\n", _examples(root.epilog)]
-    parts += [_verb(name, command) for name, command in root.commands.items()]
+    parts += [_verb(name, command) for name, command in verbs()]
     return "\n".join(parts)
+
+
+def verbs() -> Iterator[tuple[str, Any]]:
+    """Every verb by what is typed after `tawny`, such as `plan fit`."""
+    root: Any = typer.main.get_command(app)
+    for name, command in root.commands.items():
+        for within, inner in getattr(command, "commands", {"": command}).items():
+            yield f"{name} {within}".strip(), inner
 
 
 def _verb(name: str, command: Any) -> str:

@@ -33,7 +33,9 @@ __all__ = [
     "Recipe",
     "Record",
     "Recovery",
+    "RecoveryPlan",
     "RecoveryRecord",
+    "SearchPlan",
     "Searched",
     "Server",
     "Slimmed",
@@ -65,6 +67,8 @@ __all__ = [
     "pack_model",
     "plan",
     "plan_fit",
+    "plan_recovery",
+    "plan_search",
     "profile",
     "prune",
     "recover",
@@ -81,7 +85,7 @@ _NAMES = {
     "tawny.allocation.profile": "Profile",
     "tawny.choosing.fit": "fit",
     "tawny.choosing.fitted": "Fitted",
-    "tawny.choosing.plan": "FitPlan plan_fit",
+    "tawny.choosing.plan": "FitPlan SearchPlan plan_fit plan_search",
     "tawny.choosing.search": "search",
     "tawny.choosing.searched": "Searched",
     "tawny.choosing.settings": "FitSettings",
@@ -109,6 +113,7 @@ _NAMES = {
     "tawny.recipe.schema": "Recipe",
     "tawny.record": "Record",
     "tawny.recovery.gradual": "recover_gradually",
+    "tawny.recovery.plan": "RecoveryPlan plan_recovery",
     "tawny.recovery.record": "RecoveryRecord",
     "tawny.recovery.run": "recover",
     "tawny.recovery.settings": "Recovery",
@@ -122,7 +127,7 @@ if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
     from tawny.choosing.fit import fit
     from tawny.choosing.fitted import Fitted
-    from tawny.choosing.plan import FitPlan, plan_fit
+    from tawny.choosing.plan import FitPlan, SearchPlan, plan_fit, plan_search
     from tawny.choosing.search import search
     from tawny.choosing.searched import Searched
     from tawny.choosing.settings import FitSettings
@@ -150,6 +155,7 @@ if TYPE_CHECKING:
     from tawny.recipe.schema import Recipe
     from tawny.record import Record
     from tawny.recovery.gradual import recover_gradually
+    from tawny.recovery.plan import RecoveryPlan, plan_recovery
     from tawny.recovery.record import RecoveryRecord
     from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery

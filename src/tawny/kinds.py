@@ -37,7 +37,7 @@ class Kind:
         grid: the integers that a survivor is rounded to, ascending; a scale belongs to them. Empty for floats.
         groups: how many columns a scale may cover, None for the whole row; the first is the usual one.
         error: of a linear's output by plain rounding, as a multiple of what int3 loses (docs/log/fit.md, q_proj). A kind with a grid
-            has one: `tawny plan --size` goes by it.
+            has one: `tawny plan fit` goes by it.
     """
 
     name: str

@@ -412,9 +412,9 @@ def test_every_verb_reads_mixtures_and_what_the_model_writes(run, short, tmp_pat
     chatting().save_pretrained(dense)
     given = ["--calibration", f"{a}=0.5", "--calibration", f"{b}=0.25", "--calibration", "self=0.25"]
     sizes = ["-s", 0.5, "-m", "wanda", "-a", "uniform", "--samples", 8, "--seqlen", 16]
-    code, out, err = run("plan", dense, *sizes, *given, "--json")
-    assert code == 0 and "writes its calibration text" in out, err
-    code, out, err = run("plan", dense, *sizes, *given, "--memory", "1kB")
+    code, out, err = run("plan", "prune", dense, *sizes, *given, "--json")
+    assert code == 0 and "writes its text first" in out, err
+    code, out, err = run("plan", "prune", dense, *sizes, *given, "--memory", "1kB")
     assert code == 2 and "is written by the whole model" in err
     code, out, err = run("prune", dense, "--out", pruned, *sizes, *given, "--json")
     assert code == 0, err

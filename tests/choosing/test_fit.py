@@ -225,13 +225,13 @@ def test_a_plan_says_what_would_come_out(dense, fitted, run):
     assert sum(plan.chosen["kinds"].values()) == pytest.approx(1)
     fits = [row["kind"] for row in plan.kinds if row["fits"]]
     assert fits[-2:] == ["int3", "int2"] and "int8" not in fits
-    code, shown, _ = run("plan", dense, "--size", plan.smallest, "--seqlen", 24, "--json")
+    code, shown, _ = run("plan", "fit", dense, "--size", plan.smallest, "--seqlen", 24, "--json")
     alike = json.loads(shown)  # nothing is measured yet
     assert code == 0 and alike["expected"] is None and alike["chosen"]["bytes"] <= plan.smallest
-    code, _, err = run("plan", dense, "--size", plan.smallest - 1, "--seqlen", 24)
+    code, _, err = run("plan", "fit", dense, "--size", plan.smallest - 1, "--seqlen", 24)
     assert code == 2 and f"--size {plan.smallest}" in err
-    code, _, err = run("plan", dense, "--size", "1GB", "-s", "0.5")
-    assert code == 2 and "a fit chooses --sparsity itself" in err
+    code, _, err = run("plan", "fit", dense, "--size", "1GB", "--sparsity", "0.5")
+    assert code == 2 and "a fit chooses -o sparsity itself" in err
 
 
 def test_a_speed_becomes_bytes_that_a_token_reads(dense, job, fitted, tmp_path, monkeypatch):
@@ -552,9 +552,9 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):
 
 @pytest.mark.parametrize("words", [("--sparsity", 0.5), ("--allocator", "owl"), ("-o", "values.kind=int4")])
 def test_the_verb_refuses_what_a_fit_chooses(dense, tmp_path, run, words):
-    for verb in ("fit", "plan"):
-        out = ("--out", tmp_path / "x") if verb == "fit" else ()
-        code, _, err = run(verb, dense, "--bits", 9, *out, *words)
+    for verb in (["fit"], ["plan", "fit"]):
+        out = ("--out", tmp_path / "x") if verb == ["fit"] else ()
+        code, _, err = run(*verb, dense, "--bits", 9, *out, *words)
         assert code == 2 and "a fit chooses" in err and not list(tmp_path.iterdir())
 
 
@@ -572,7 +572,7 @@ def test_the_verb_says_what_of_a_recipe_is_not_used(monkeypatch, tmp_path, run, 
     made = []
     for name in ("fit", "plan_fit"):
         monkeypatch.setattr(tawny, name, lambda *_, **keys: made.append(keys["recipe"]) or 1 / 0)
-    for verb in (("fit", "m", "--out", tmp_path / "x"), ("plan", "m")):
+    for verb in (("fit", "m", "--out", tmp_path / "x"), ("plan", "fit", "m")):
         err = run(*verb, "--bits", 4, "-c", tmp_path / "r.yaml")[2]
         assert words in err if words else "a fit chooses" not in err
     for recipe in made:

@@ -232,7 +232,7 @@ def test_a_plan_knows_the_file(fitted, model, run):
     assert plan.budget == fitted[0].budget and {row["kind"] for row in plan.kinds} == set(GGUF_KINDS)
     small = {row["kind"]: row["bytes"] for row in plan.kinds}
     assert small["q2_k"] < small["q4_k"] < small["q8_0"] and plan.smallest <= small["q2_k"]
-    code, out, err = run("plan", folder, "--bits", 4.6, "--to", "gguf", "--template", whole, "--json")
+    code, out, err = run("plan", "fit", folder, "--bits", 4.6, "--to", "gguf", "--template", whole, "--json")
     assert code == 0 and json.loads(out)["settings"]["to"] == "gguf", err
-    code, _, err = run("plan", folder, "--bits", 4.6, "--to", "gguf")
+    code, _, err = run("plan", "fit", folder, "--bits", 4.6, "--to", "gguf")
     assert code == 2 and "give --template" in err and err.count("\n") == 1

@@ -617,3 +617,28 @@ def test_windows_end_with_a_passage_they_held_before(length, share, begun):
             start = kept.index(after[length - size]) if size else 1
             assert start >= begun  # BOS is said once
             assert after[length - size :] == kept[start : start + size]
+
+
+def test_a_plan_says_what_the_search_solves_and_keeps(dense, tmp_path, run):
+    tiny_tokenizer().save_pretrained(dense)
+    (tmp_path / "text.txt").write_text("the owl sees a mouse in the dark. " * 300)
+    keys = {
+        "calibration.text": str(tmp_path / "text.txt"),
+        "calibration.samples": 8,
+        "calibration.seqlen": 24,
+    }
+    keys |= {"sparsity": 0.6, "compute": "float32", **FEW}
+    before = sorted(tmp_path.rglob("*"))
+    plan = tawny.plan_search(dense, **keys)
+    assert sorted(tmp_path.rglob("*")) == before
+    searched = tawny.search(dense, tmp_path / "a.yaml", **keys)
+    assert plan.solver == searched.solver and plan.disk["peak"] == searched.levels["bytes"]
+    assert plan.levels == {key: searched.levels[key] for key in ("from", "to", "count")}
+    assert plan.held_out == {key: searched.held_out[key] for key in ("windows", "deciding", "tokens")}
+    longer = tawny.plan_search(dense, **keys | {"search.trials": 1200})
+    assert longer.seconds["trials"] >= plan.seconds["trials"] and plan.memory["peak"] > 0
+    words = ("plan", "search", dense, "-s", 0.6, "--calibration", tmp_path / "text.txt", "--seqlen", 24)
+    code, shown, err = run(*words)
+    assert code == 0 and "until it is over" in shown, err
+    code, _, err = run(*words, "--allocator", "owl")
+    assert code == 2 and "a search chooses" in err and err.count("\n") == 1

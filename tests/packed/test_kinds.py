@@ -101,7 +101,7 @@ def test_the_help_lists_a_registered_kind():
 
 def test_a_plan_of_a_size_counts_a_registered_kind(tmp_path):
     dense = saved(tmp_path / "dense", "qwen2", hidden_size=64)
-    run = python(COMMAND_LINE, "plan", str(dense), "--size", "1GB", "--seqlen", "24", "--json")
+    run = python(COMMAND_LINE, "plan", "fit", str(dense), "--size", "1GB", "--seqlen", "24", "--json")
     assert "toy3" in [row["kind"] for row in json.loads(run.stdout)["kinds"]], run.stdout + run.stderr
 
 

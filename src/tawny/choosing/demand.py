@@ -24,7 +24,7 @@ from tawny.choosing.candidates import surveyed
 from tawny.choosing.settings import FitSettings, SearchSettings
 from tawny.model.streams import Samples
 from tawny.pruning.prepare import Job, demand_of
-from tawny.run.memory import LOGIT_BYTES, Demand, Load
+from tawny.run.memory import LOGIT_BYTES, Demand, Load, base_of
 from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
@@ -127,7 +127,7 @@ class SearchDemand:
 
     def phases(self, *, spill: bool) -> dict[str, dict[str, int]]:
         levels, stack = self.levels, self.levels.stack
-        base = levels.base()
+        base = base_of(stack)
         phases = levels.before_walks(base)
         if not any(levels.by_block):
             return phases
@@ -198,7 +198,7 @@ class FitDemand:
         phases = self.measuring.phases(spill=spill)
         if "text" not in phases:
             return phases
-        stack, base = self.finalist.stack, self.finalist.base()
+        stack, base = self.finalist.stack, base_of(self.finalist.stack)
         phases |= self.asking.feeling_phases(base, base, spill=spill)
         phases["backward"]["changes"] = self.asking.block_bytes()
         ends = base["embeddings"] + stack.late_bytes

@@ -1,4 +1,4 @@
-"""`tawny plan MODEL --size …`: what a fit would make and take, before anything is measured.
+"""`tawny plan fit` and `tawny plan search`: what they would make and take, before anything is measured.
 
 Sizes are those of the files. Which linear gets which kind is not known before the measuring, so the kinds that are shown
 are chosen as if every weight mattered alike, with the errors that bits and zeros cost SmolLM2-135M (docs/log/fit.md); from the
@@ -7,30 +7,41 @@ folder of an earlier fit they are those that it measured. Times are estimates fr
 
 from __future__ import annotations
 
-__all__ = ["FitPlan", "plan_fit"]
+__all__ = ["FitPlan", "SearchPlan", "plan_fit", "plan_search"]
 
+import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tawny.choosing.demand import FitDemand, asked_windows, role_of
+from tawny.choosing.demand import (
+    FitDemand,
+    SearchDemand,
+    asked_windows,
+    role_of,
+    searched_windows,
+    solver_of_levels,
+)
 from tawny.choosing.formats import FORMATS, check_aim
 from tawny.choosing.kept import Measured, read_measured
 from tawny.choosing.level import PROBE, SPARSITIES, Level, Measures
 from tawny.choosing.limit import Target, room_for, smallest
 from tawny.choosing.measuring import few_bits, probes_bytes
+from tawny.choosing.member_space import space_of
 from tawny.choosing.pace import measured_pace
-from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
+from tawny.choosing.settings import FitSettings, SearchSettings, own_keys, recipe_of_fit, what_is_searched
 from tawny.choosing.sizes import Sizes
+from tawny.choosing.solving import level_dtype
 from tawny.choosing.table import Finalist, Table
 from tawny.errors import RecipeError
 from tawny.kinds import solved_kind
 from tawny.model.context import check_context
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
-from tawny.pruning.plan import forward_seconds, load_of, seconds_of
+from tawny.pruning.plan import forward_seconds, load_of, rounded_seconds, seconds_of
 from tawny.pruning.prepare import Job, notices, prepare
+from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.run.memory import Load, available, parse_size, place
 
@@ -214,7 +225,96 @@ def _seconds(job: Job, load: Load, settings: FitSettings, finalists: int, measur
         "reactions": 0.0 if measured else reactions,
         "refining": settings.seconds or 0.0,
         "finalists": (finalists + (settings.seconds is not None))
-        * (prune["total"] + judge + _PACKING * numel),
+        * ((prune["forward"] if settings.quick else prune["total"]) + judge + _PACKING * numel),
     }
-    seconds = {phase: round(value, 1) for phase, value in seconds.items()}
-    return {"total": round(sum(seconds.values()), 1), **seconds}
+    return rounded_seconds(seconds)
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search would take.
+
+    Attributes:
+        levels: sparsities that each linear is solved at, and their reach.
+        held_out: windows to search on and to decide on, and tokens of one, where the text has as many.
+        memory, disk: peak bytes.
+        seconds: estimated, by phase.
+    """
+
+    source: str
+    recipe: dict[str, Any]
+    settings: dict[str, Any]
+    parameters: int
+    solver: str
+    levels: dict[str, Any]
+    held_out: dict[str, int]
+    memory: dict[str, int]
+    disk: dict[str, int]
+    seconds: dict[str, float]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@opens_models
+def plan_search(
+    source: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    settings: SearchSettings | None = None,
+    memory: str | int | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+    **keys: Any,
+) -> SearchPlan:
+    """What `search` would take with the same arguments.
+
+    Args:
+        trust_remote_code: let code that lies in a model's folder run.
+
+    Raises:
+        UserError: as `search` would, for everything that can be known without work.
+    """
+    recipe, settings = what_is_searched(recipe, settings, keys)
+    job = prepare(recipe, source, progress, recipe.device)
+    check_context(job.stack.model, recipe.calibration.seqlen)
+    limit = parse_size(memory)
+    load, notes = load_of(job, limit)
+    placement = place(SearchDemand.of(settings, job, load), limit, available(job.stack.device))
+    space, (solver, _) = space_of(job, settings.levels), solver_of_levels(job)
+    searched = searched_windows(settings, settings.held_out)
+    length = min(settings.length, load.seqlen)
+    # As many levels are solved as change something; windows go to few candidates or to many (evolution.py).
+    few = (
+        prepare(resolve_recipe(recipe, solver=solver), source, progress, recipe.device)
+        if solver != recipe.solver.name
+        else job
+    )
+    calibration = replace(load, samples=min(load.samples, math.ceil(settings.tokens / load.seqlen)))
+    prune, level = seconds_of(job, calibration), seconds_of(few, calibration)
+    forward = forward_seconds(job.stack) * length
+    seconds = {
+        "output": prune.get("output", 0.0),
+        "levels": level["forward"] + level["statistics"] + len(space.levels) * level["solve"],
+        "trials": settings.trials * max(1, searched // 4) * forward,
+        "finalists": (settings.finalists + 1) * (prune["forward"] + prune["statistics"] + prune["solve"])
+        if settings.finalists
+        else 0.0,
+        "deciding": (settings.finalists + 1) * settings.held_out * forward,
+    }
+    if settings.seconds is not None:
+        seconds["trials"] = min(seconds["trials"], settings.seconds)
+    return SearchPlan(
+        source=job.source,
+        recipe=recipe.to_mapping(),
+        settings=asdict(settings),
+        parameters=job.parameters,
+        solver=solver,
+        levels={**dict(zip(("from", "to"), space.reach, strict=True)), "count": len(space.levels)},
+        held_out={"windows": searched, "deciding": settings.held_out - searched, "tokens": length},
+        memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
+        disk={"peak": space.bytes_in(level_dtype(job.stack))},
+        seconds=rounded_seconds(seconds),
+        notes=[*notices(job, load.samples * load.seqlen), *notes],
+    )

@@ -41,20 +41,18 @@ from tawny.choosing.member_space import SparsitySpace, space_of
 from tawny.choosing.rehearsal import rehearse
 from tawny.choosing.scores import Scores
 from tawny.choosing.searched import Searched, accepts_allocation, facts_of, tell, write
-from tawny.choosing.settings import SearchSettings, own_keys
+from tawny.choosing.settings import SearchSettings, what_is_searched
 from tawny.choosing.solving import WALK, LevelStore, level_dtype, solve_levels
-from tawny.errors import NumericalError, RecipeError, TextError
+from tawny.errors import NumericalError, TextError
 from tawny.model.source import resolve
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
-from tawny.patterns import Blocks, Experts, Rank
 from tawny.process_group import refuse_several
 from tawny.progress import Progress, silent
 from tawny.pruning.output import asking_output
 from tawny.pruning.prepare import Job
 from tawny.pruning.profiling import allocate
 from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
-from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.run.place import Workplace, place_of
 
@@ -94,20 +92,7 @@ def search(
     """
     refuse_several("a search")
     named, given = text_or_tokens(calibration)
-    of_recipe, own = own_keys({**named, **keys}, "search")
-    if of_recipe.get("allocator") is not None:
-        raise RecipeError("a search finds the allocation itself: leave the allocator out")
-    recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
-    if isinstance(pattern := recipe.make_pattern(), Blocks | Experts | Rank):
-        raise RecipeError(
-            f"a search moves weights or whole members from one linear to another, and {pattern} removes neither: give this pattern "
-            "to `tawny prune`, or search with another"
-        )
-    if recipe.values.mean is not None:
-        raise RecipeError(
-            "a search moves zeros, and values.mean spends the budget in bits: leave values.mean and values.of out, or use a fit"
-        )
-    settings = SearchSettings.make(settings, **own)
+    recipe, settings = what_is_searched(recipe, settings, {**named, **keys})
     read = None if isinstance(source, nn.Module) else resolve(source, progress.say)
     with open_session(
         recipe,

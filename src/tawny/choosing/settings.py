@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["FAMILIES", "FitSettings", "SearchSettings", "own_keys", "recipe_of_fit", "seconds_in"]
+__all__ = [
+    "FAMILIES",
+    "FitSettings",
+    "SearchSettings",
+    "own_keys",
+    "recipe_of_fit",
+    "seconds_in",
+    "what_is_searched",
+]
 
 import re
 from collections.abc import Mapping
@@ -13,6 +21,7 @@ from pydantic import Field
 
 from tawny.checked import checked
 from tawny.errors import RecipeError, nearest
+from tawny.patterns import Blocks, Experts, Rank
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 
@@ -186,3 +195,23 @@ def recipe_of_fit(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
             f"a fit weighs kinds by their Hessian error, and {merged.solver.name} has none: choose alps or sparsegpt"
         )
     return merged
+
+
+def what_is_searched(
+    recipe: Recipe | None, settings: SearchSettings | None, keys: Mapping[str, Any]
+) -> tuple[Recipe, SearchSettings]:
+    """The recipe of what is pruned in a search, and how it searches; `keys` are of both."""
+    of_recipe, own = own_keys(keys, "search")
+    if of_recipe.get("allocator") is not None:
+        raise RecipeError("a search finds the allocation itself: leave the allocator out")
+    recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
+    if isinstance(pattern := recipe.make_pattern(), Blocks | Experts | Rank):
+        raise RecipeError(
+            f"a search moves weights or whole members from one linear to another, and {pattern} removes neither: give this pattern "
+            "to `tawny prune`, or search with another"
+        )
+    if recipe.values.mean is not None:
+        raise RecipeError(
+            "a search moves zeros, and values.mean spends the budget in bits: leave values.mean and values.of out, or use a fit"
+        )
+    return recipe, SearchSettings.make(settings, **own)

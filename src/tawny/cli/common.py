@@ -16,7 +16,7 @@ from tawny.cli.console import Console
 from tawny.errors import NumericalError, OutputError, TawnyError
 from tawny.process_group import speaks
 
-_NO_MEMORY = "out of memory: use a shorter --seqlen, and fewer --samples or a smaller -o batch (`tawny plan` estimates a prune)"
+_NO_MEMORY = "out of memory: use a shorter --seqlen, and fewer --samples or a smaller -o batch (`tawny plan` estimates it first)"
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import RECIPE, Aim, Memory, Model, Out, StartOver, option
+from tawny.cli.options import Aim, Memory, Model, Out, StartOver
 from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
 from tawny.report.frames import Result, Shown, facts, parts
 from tawny.report.view import finalists, fit_facts
@@ -23,14 +23,6 @@ def fit(
     *,
     given: Given,
     aim: Aim,
-    budget: str | None = option(
-        "--budget TIME",
-        "Refine by measured KL for this time, such as 20m; the result may then differ from run to run.",
-        RECIPE,
-    ),
-    quick: bool = option(
-        "--quick", "Round by best scales and solve nothing: sooner, with a higher KL.", RECIPE, default=False
-    ),
     out: Out,
     memory: Memory = None,
     overwrite: StartOver = False,
@@ -40,15 +32,15 @@ def fit(
     What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length. With --budget, more fit.windows pay.
     """
     recipe, own = given.of_fit(console.note)
-    named = {
-        "budget": budget,
-        "quick": quick or None,
-    }
-    own = {key: value for key, value in named.items() if value is not None} | own
     with console.progress() as progress:
-        keys = {**vars(aim), **{f"fit.{key}": value for key, value in own.items()}}
         fitted = tawny.fit(
-            model, out, recipe=recipe, overwrite=overwrite, memory=memory, progress=progress, **keys
+            model,
+            out,
+            recipe=recipe,
+            overwrite=overwrite,
+            memory=memory,
+            progress=progress,
+            **aim.keys(own),
         )
     console.result(fitted.to_dict(), fit_tables)
 

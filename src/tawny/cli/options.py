@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,7 +128,7 @@ def packed_values(text: str) -> str:
 
 @dataclass(frozen=True)
 class Aim:
-    """What a fit is to reach, and from which measurements."""
+    """What a fit is to reach, from which measurements, and with how much work."""
 
     size: Annotated[
         str | None,
@@ -188,3 +189,21 @@ class Aim:
             parser=path_named,
         ),
     ] = None
+    budget: Annotated[
+        str | None,
+        shared(
+            "--budget TIME",
+            "Refine by measured KL for this time, such as 20m; the result may then differ from run to run.",
+            RECIPE,
+        ),
+    ] = None
+    quick: Annotated[
+        bool,
+        shared("--quick", "Round by best scales and solve nothing: sooner, with a higher KL.", RECIPE),
+    ] = False
+
+    def keys(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `tawny.fit` and `tawny.plan_fit`; `own`: what -o fit.KEY=VALUE says, which comes last."""
+        settings = {"budget": self.budget, "quick": self.quick or None}
+        named = {name: value for name, value in vars(self).items() if name not in settings}
+        return named | {f"fit.{key}": value for key, value in {**settings, **own}.items()}

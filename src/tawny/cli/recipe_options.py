@@ -1,7 +1,7 @@
 """The options that make a recipe, written once for prune, plan, profile, search and fit.
 
-@recipe_verb("tawny plan smollm2 -s 0.7", ...)
-def plan(model: Model, *, given: Given, console: Console) -> None:
+@recipe_verb("tawny profile smollm2", ...)
+def profile(model: Model, *, given: Given, console: Console) -> None:
     recipe = given.recipe()
 """
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import RECIPE, Device, Out, RecipeFile, StartOver, option
+from tawny.cli.options import RECIPE, Device, Out, RecipeFile, StartOver, option, shared
 from tawny.cli.root import verb
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
@@ -16,7 +17,80 @@ from tawny.report.frames import Frame, Result, facts, parts
 from tawny.report.view import measurements, training_speed
 from tawny.words import counted, duration, percent, quality_text, size
 
+if TYPE_CHECKING:
+    from tawny.recovery.settings import Recovery
+
 TRAINING = "Training"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a model is to be trained; None is unset."""
+
+    train: Annotated[
+        str | None,
+        shared(
+            "--train WHAT",
+            "survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
+            RECIPE,
+        ),
+    ] = None
+    values: Annotated[
+        str | None,
+        shared(
+            "--values KIND",
+            f"Train through the packed format's rounding: {names_of(scaled_kinds())}.",
+            RECIPE,
+        ),
+    ] = None
+    overrides: Annotated[
+        list[str] | None,
+        shared(
+            "-o --option KEY=VALUE",
+            "Any other setting, such as batch=8 or kl=0.9 (see docs/recovery.md); repeatable.",
+            RECIPE,
+        ),
+    ] = None
+    text: Annotated[
+        list[str] | None,
+        shared(
+            "--text TEXT[=SHARE]",
+            "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (DENSE writes it); repeatable. images:DIR or sample for "
+            "models that see. Default: c4.",
+            TRAINING,
+        ),
+    ] = None
+    tokens: Annotated[
+        str | None, shared("--tokens N", "Tokens to train on, such as 500k. Default: 2M.", TRAINING)
+    ] = None
+    minutes: Annotated[
+        float | None,
+        shared("--minutes M", "Stop after so many minutes, if that comes first.", TRAINING),
+    ] = None
+    seqlen: Annotated[int | None, shared("--seqlen N", "Tokens a window. Default: 512.", TRAINING)] = None
+    lr: Annotated[float | None, shared("--lr RATE", "Peak learning rate.", TRAINING)] = None
+    device: Device = None
+
+    def settings(self) -> Recovery:
+        from tawny.recipe.merge import parse_override
+        from tawny.recovery.settings import Recovery
+
+        keys = vars(self) | {"text": self.text or None}
+        overrides = dict(parse_override(given) for given in keys.pop("overrides") or ())
+        settings = Recovery.make({key: value for key, value in keys.items() if value is not None} | overrides)
+        check_device(settings.device)
+        return settings
+
+
+Pruned = Annotated[str, typer.Argument(metavar="PRUNED", help="Folder of a pruned model.")]
+DenseModel = Annotated[
+    str | None,
+    shared(
+        "--teacher DENSE",
+        "The dense model: folder, hub id, .gguf file, or smollm2. Needed unless -o kl=0.",
+        RECIPE,
+    ),
+]
 
 
 @verb(
@@ -25,68 +99,28 @@ TRAINING = "Training"
     "tawny recover smollm2 --teacher smollm2 --out recovered --through 0.4,0.55,0.65,0.7 --text wiki",
 )
 def recover(
-    model: Annotated[str, typer.Argument(metavar="PRUNED", help="Folder of a pruned model.")],
+    model: Pruned,
     console: Console,
     *,
-    teacher: str | None = option(
-        "--teacher DENSE",
-        "The dense model: folder, hub id, .gguf file, or smollm2. Needed unless -o kl=0.",
-        RECIPE,
-    ),
+    teacher: DenseModel = None,
     out: Out,
-    train: str | None = option(
-        "--train WHAT",
-        "survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
-        RECIPE,
-    ),
-    values: str | None = option(
-        "--values KIND", f"Train through the packed format's rounding: {names_of(scaled_kinds())}.", RECIPE
-    ),
+    asked: Asked,
     through: str | None = option(
         "--through LIST",
         "Prune to these sparsities in turn, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says otherwise.",
         RECIPE,
     ),
     recipe: RecipeFile = None,
-    overrides: list[str] | None = option(
-        "-o --option KEY=VALUE",
-        "Any other setting, such as batch=8 or kl=0.9 (see docs/recovery.md); repeatable.",
-        RECIPE,
-    ),
-    text: list[str] | None = option(
-        "--text TEXT[=SHARE]",
-        "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (DENSE writes it); repeatable. images:DIR or sample for "
-        "models that see. Default: c4.",
-        TRAINING,
-    ),
-    tokens: str | None = option("--tokens N", "Tokens to train on, such as 500k. Default: 2M.", TRAINING),
-    minutes: float | None = option(
-        "--minutes M", "Stop after so many minutes, if that comes first.", TRAINING
-    ),
-    seqlen: int | None = option("--seqlen N", "Tokens a window. Default: 512.", TRAINING),
-    lr: float | None = option("--lr RATE", "Peak learning rate.", TRAINING),
-    device: Device = None,
     overwrite: StartOver = False,
 ) -> None:
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""
     from tawny.errors import RecipeError
-    from tawny.recipe.merge import parse_override
-    from tawny.recovery.settings import Recovery
 
     if recipe is not None and through is None:
         raise RecipeError(
             f"-c {recipe} says how to prune, and without --through nothing is pruned: add --through LIST or leave it out"
         )
-    named = dict(parse_override(given) for given in overrides or ())
-    keys: dict[str, Any] = {
-        "train": train,
-        "values": values,
-        "text": text or None,
-        "tokens": tokens,
-    }
-    keys |= {"minutes": minutes, "seqlen": seqlen, "lr": lr, "device": device}
-    settings = Recovery.make({key: value for key, value in keys.items() if value is not None} | named)
-    check_device(settings.device)
+    settings = asked.settings()
     with console.progress() as progress:
         how: dict[str, Any] = {"settings": settings, "progress": progress, "overwrite": overwrite}
         if through is None:

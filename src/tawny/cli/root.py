@@ -43,6 +43,7 @@ def verb(
     code: bool = True,
     document: bool = True,
     without: Collection[str] = (),
+    among: typer.Typer = app,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a verb whose help ends with these examples.
 
@@ -53,6 +54,7 @@ def verb(
         code: it opens models, and so has `--trust-remote-code`.
         document: it has a result, and so has `--json`.
         without: fields of a dataclass that are not options of this verb.
+        among: the verbs that it is one of.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -87,7 +89,7 @@ def verb(
                 for option, (kind, default) in options.items()
             ]
         )
-        return app.command(name, cls=cls, epilog=_examples(*examples))(command)
+        return among.command(name, cls=cls, epilog=_examples(*examples))(command)
 
     return register
 

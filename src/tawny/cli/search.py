@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import OUTPUT, RECIPE, Memory, Model, StartOver, option, path_named
+from tawny.cli.options import OUTPUT, RECIPE, Memory, Model, StartOver, option, path_named, shared
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.report.frames import Result, Shown, facts, parts, table
 from tawny.words import duration, percent, size
 
 _SHOWN = 5  # of everything that was tried
+
+
+@dataclass(frozen=True)
+class Trying:
+    """How much a search is to try; None is unset."""
+
+    trials: Annotated[
+        int | None, shared("--trials N", "Allocations to try in all. Default: 160.", RECIPE)
+    ] = None
+    budget: Annotated[
+        str | None, shared("--budget TIME", "Stop trying after this time, such as 20m or 2h.", RECIPE)
+    ] = None
+
+    def wanted(self, given: Given) -> dict[str, Any]:
+        """The recipe and the settings of a search."""
+        from tawny.choosing.settings import SearchSettings
+
+        given.refuse(["allocator"], "a search chooses")
+        rest, own = given.parted("search.")
+        return {"recipe": rest.recipe(), "settings": SearchSettings.make(**vars(self) | own)}
 
 
 @recipe_verb(
@@ -25,8 +47,7 @@ def search(
     console: Console,
     *,
     given: Given,
-    trials: int | None = option("--trials N", "Allocations to try in all. Default: 160.", RECIPE),
-    budget: str | None = option("--budget TIME", "Stop trying after this time, such as 20m or 2h.", RECIPE),
+    trying: Trying,
     out: Path = option(
         "--out FILE",
         "Allocation to write, such as allocation.yaml; a picture goes beside it.",
@@ -42,22 +63,9 @@ def search(
     More of the search is set by -o search.KEY=VALUE: offspring, levels, candidates, finalists, windows, length, repeat,
     tokens.
     """
-    given.refuse(["allocator"], "a search chooses")
-    rest, own = given.parted("search.")
-    recipe = rest.recipe()
-    from tawny.choosing.settings import SearchSettings
-
-    settings = SearchSettings.make(**{"trials": trials, "budget": budget} | own)
+    wanted = trying.wanted(given)
     with console.progress() as progress:
-        searched = tawny.search(
-            model,
-            out,
-            recipe=recipe,
-            settings=settings,
-            memory=memory,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        searched = tawny.search(model, out, **wanted, memory=memory, overwrite=overwrite, progress=progress)
     console.result(searched.to_dict(), search_tables)
 
 

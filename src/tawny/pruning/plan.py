@@ -1,4 +1,4 @@
-"""`tawny plan`: estimate memory, disk and time of a `prune` without running it.
+"""`tawny plan prune`: estimate memory, disk and time of a `prune` without running it.
 
 Memory is added up from shapes; time is multiplied out from the matrix products of the walk and the speed this
 machine shows on such products just now. Both are estimates and say so; sizes on disk are exact.
@@ -173,26 +173,56 @@ def _removed(job: Job, allocation: Allocation | None) -> int:
 
 def load_of(job: Job, budget: int | None) -> tuple[Load, list[str]]:
     """What will be calibrated on, and notes where a text is not there yet: a plan neither downloads nor writes."""
-    wanted, notes = job.recipe.calibration, []
-    model = job.stack.model
+    wanted, model = job.recipe.calibration, job.stack.model
     if input_of(model) != TOKENS:
         one, _ = read_inputs(job.stack, job.folder, wanted.text, 1, job.recipe.seed, strict=wanted.strict)
         return Load(wanted.samples, one.seqlen, 0), []
     seqlen = seqlen_of(model, wanted.seqlen)
-    sources = parse_texts(wanted.text)
+    ahead = texts_ahead(wanted.text, job.folder, job.folder, job.recipe.seed, job.stack.compute, budget)
+    return Load(wanted.samples, seqlen, ahead.characters), ahead.notes
+
+
+@dataclass(frozen=True)
+class TextsAhead:
+    """Texts that a run will read, as far as they are known before it.
+
+    Attributes:
+        characters: of those that are here.
+        author: bytes of the model that writes one of them; 0 where none does.
+        fetched: names of those that a run would fetch.
+    """
+
+    characters: int
+    author: int
+    fetched: Sequence[str]
+    notes: list[str]
+
+
+def texts_ahead(
+    texts: Any,
+    folder: Path | None,
+    author: Path | None,
+    seed: int,
+    compute: torch.dtype,
+    budget: int | None = None,
+) -> TextsAhead:
+    """What texts will take; `folder` has the tokenizer, and `author` the model that writes `self`."""
+    sources = parse_texts(texts)
     fetched = [x.spec for x in sources if x.spec in NAMED_TEXTS and x.spec != "wiki"]
     here = [x.spec for x in sources if x.spec not in (*fetched, OWN)]
     chats = any(x.messages for x in sources)
-    tokenizer = load_tokenizer(job.folder) if chats and job.folder else None
+    tokenizer = load_tokenizer(folder) if chats and folder else None
     characters = load_texts(here, "calibration", tokenizer).characters if here else 0
-    if job.folder and any(x.spec == OWN for x in sources):
-        author = author_of(job.folder, tokenizer, job.recipe.seed, job.stack.compute, memory=budget)
-        author.check_memory()
-        notes.append(f"the model writes its calibration text first, whole in memory: {size(author.bytes_)}")
+    bytes_, notes = 0, []
+    if author and any(x.spec == OWN for x in sources):
+        writer = author_of(author, tokenizer, seed, compute, memory=budget)
+        writer.check_memory()
+        bytes_ = writer.bytes_
+        notes.append(f"the model writes its text first, whole in memory: {size(bytes_)}")
     notes += [
         f"{text} is not fetched for a plan: the memory to tokenise it is not counted" for text in fetched
     ]
-    return Load(wanted.samples, seqlen, characters), notes
+    return TextsAhead(characters, bytes_, fetched, notes)
 
 
 def _notes(job: Job, undecided: bool) -> list[str]:
@@ -255,8 +285,13 @@ def seconds_of(job: Job, load: Load) -> dict[str, float]:
         # Backward costs two forwards; and the dense samples walk beside the pruned ones.
         passes = 1 + 3 * recipe.refine.epochs
         seconds["refine"] = passes * tokens * forward
-    seconds = {phase: round(value, 1) for phase, value in seconds.items()}
-    return {"total": round(sum(seconds.values()), 1), **seconds}
+    return rounded_seconds(seconds)
+
+
+def rounded_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    """Of each phase, and in `total`."""
+    rounded = {phase: round(value, 1) for phase, value in seconds.items()}
+    return {"total": round(sum(rounded.values()), 1), **rounded}
 
 
 def _comparing(job: Job) -> float:

@@ -39,6 +39,10 @@ class Survivors:
         linears: the linears inside the parameter; needed for `values`.
         values, group: the kind that the forwards see of each linear; one that has none is trained freely. Of few bits its
             scales are trained, too; int8's follow the weights.
+
+    Attributes:
+        tensors: what is trained, by name.
+        kept_bytes: of what is kept beside them.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Survivors:
         self.tensors |= {f"{linear}.ends": grid.ends_OS for linear, grid in self.grids.items()}
         # No scales: their decay would shrink the whole grid.
         self.decayed = [self.vector] if parameter.dim() > 1 else []
+        self.kept_bytes = 0 if self.places is None else self.places.nbytes
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -158,6 +163,7 @@ class Factors:
         self.A_RI = nn.Parameter(A_RI.to(parameter.device))
         self.B_OR = nn.Parameter(torch.zeros(out, rank, device=parameter.device))
         self.tensors = {f"{linear.name}.A": self.A_RI, f"{linear.name}.B": self.B_OR}
+        self.kept_bytes = self.base_OI.nbytes
 
     @torch.no_grad()
     def collect(self) -> None:

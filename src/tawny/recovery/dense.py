@@ -60,7 +60,11 @@ class RecoveryRequest:
 def recover_dense(request: RecoveryRequest) -> RecoveryRecord:
     """`recover` for what is not packed; of a loss that became NaN the record knows, once a better model is written."""
     before = peak_memory()
-    _check_wanted(request)
+    check_wanted(request)
+    if request.out is None and not isinstance(request.source, nn.Module):
+        raise RecipeError(
+            f"recovering {request.source} needs a folder to write to: give out=… (or --out DIR)"
+        )
     with ExitStack() as ending:
         try:
             training = _open(request, ending)
@@ -89,19 +93,13 @@ def _open(request: RecoveryRequest, ending: ExitStack) -> Training:
         reads = models_read(model=source, teacher=teacher)
         # A live model's run leaves nothing to go on from.
         place.claim(overwrite=request.overwrite, reads=reads, continues=folder is not None)
-    own = is_own_teacher(folder, teacher)
-    rounded = settings.values is not None and not (folder and solved_for(folder)[0].names)
-    check_not_own_teacher(own and not (settings.control or rounded))
-    stack, teacher_stack = _stacks(request, folder)
+    stack, teacher_stack = open_models(request, folder)
     # Dropout would make the curve depend on more than its settings.
     ending.enter_context(evaluating(stack.model))
     if teacher_stack is not None:
-        check_teacher(stack, teacher_stack)
         ending.enter_context(evaluating(teacher_stack.model))
     dense = None if teacher is None or isinstance(teacher, nn.Module) else resolve(teacher)
     reader = _reader(request, stack, folder, dense)
-    if not predicts_tokens(stack.model):
-        _check_encoder(stack, teacher_stack)
     clock = Clock()
     with clock("text"):
         reading = _reading(request, stack, teacher_stack, dense, reader)
@@ -111,11 +109,8 @@ def _open(request: RecoveryRequest, ending: ExitStack) -> Training:
     settings = Recovery.make(
         settings, seqlen=reading.seqlen, lr=SEEING_RATE if slow else settings.rate_for(width)
     )
-    # Whole experts may have left, and no zero with them.
-    smaller = teacher_stack is not None and _weights(stack) < _weights(teacher_stack)
-    student = Student(stack, settings, request.kinds, smaller=smaller)
+    student = student_of(request, settings, stack, teacher_stack)
     ending.callback(student.close)
-    check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
     _tell_memory(student, settings, request.progress)
     training = Training(settings, student, teacher_stack, reading, place, folder, request.progress, clock)
     training.record.source = str(source) if folder else type(source).__name__
@@ -124,6 +119,32 @@ def _open(request: RecoveryRequest, ending: ExitStack) -> Training:
     training.shelve()
     ending.push(lambda _, error, __: training.give_up(error))
     return training
+
+
+def open_models(request: RecoveryRequest, folder: Path | None) -> tuple[Stack, Stack | None]:
+    """Both models, checked against each other."""
+    settings = request.settings
+    rounded = settings.values is not None and not (folder and solved_for(folder)[0].names)
+    check_not_own_teacher(is_own_teacher(folder, request.teacher) and not (settings.control or rounded))
+    stack, teacher = _stacks(request, folder)
+    if teacher is not None:
+        check_teacher(stack, teacher)
+    if not predicts_tokens(stack.model):
+        _check_encoder(stack, teacher)
+    return stack, teacher
+
+
+def student_of(
+    request: RecoveryRequest, settings: Recovery, stack: Stack, teacher: Stack | None, *, counts: bool = False
+) -> Student:
+    """What is trained, or only counted."""
+    # Whole experts may have left, and no zero with them.
+    smaller = teacher is not None and _weights(stack) < _weights(teacher)
+    how: dict[str, Any] = {"smaller": smaller, "counts": counts, "progress": request.progress}
+    student = Student(stack, settings, request.kinds, **how)
+    folder = None if isinstance(request.source, nn.Module) else resolve(request.source)
+    check_not_own_teacher(is_own_teacher(folder, request.teacher) and student.sparsity >= LEAST_SPARSITY)
+    return student
 
 
 def _weights(stack: Stack) -> int:
@@ -135,7 +156,7 @@ def _tell_memory(student: Student, settings: Recovery, progress: Progress) -> No
     free = free_memory(student.stack.device)
     if free is None:
         return
-    needed = sum(_STEP_BYTES * t.numel() for one in student.coordinates for t in one.tensors.values())
+    needed = _STEP_BYTES * student.trained
     if needed > free:
         less = "; -o checkpointing=true takes less of what comes beside them"
         if settings.method.weights == "trained" and not settings.values:
@@ -243,16 +264,11 @@ def _check_encoder(stack: Stack, teacher: Stack | None) -> None:
         )
 
 
-def _check_wanted(request: RecoveryRequest) -> None:
+def check_wanted(request: RecoveryRequest) -> None:
     """Refuse what cannot be done, before anything is opened."""
-    live = isinstance(request.source, nn.Module)
     if request.teacher is None and request.settings.kl > 0:
         raise RecipeError(
             "recovery learns from the dense model: give --teacher DENSE, or -o kl=0 to learn from the text alone"
-        )
-    if request.out is None and not live:
-        raise RecipeError(
-            f"recovering {request.source} needs a folder to write to: give out=… (or --out DIR)"
         )
 
 

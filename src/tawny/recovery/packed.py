@@ -29,7 +29,31 @@ from tawny.recovery.writing import is_made, retell
 from tawny.run.place import Workplace, models_read
 
 
-def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[str, str]:
+def on_its_grid(settings: Recovery, folder: Path, progress: Progress) -> tuple[Recovery, dict[str, str]]:
+    """The settings, with the values and the group that a folder was solved for or packed in; of several kinds that of each linear."""
+    if is_packed(folder):
+        check_values(settings, folder)
+        packing = _packing(folder)
+        kind, group = packing["values"], packing.get("group")
+        # Else all linears have one.
+        several = _several_kinds(settings, folder, progress) if _is_packed_as_solved(folder) else {}
+        alike = kind_of(kind).scaled and (kind_of(kind).bits < 8 or group is None) and not several
+        if alike and settings.method.weights == "trained":
+            settings = Recovery.make(settings, values=kind, group_size=group)
+        return settings, several
+    solved, _ = solved_for(folder)
+    refuse_trained(settings, solved.names, folder)
+    kind, group = solved.kind, solved.group_size
+    trains = kind is not None and settings.method.weights == "trained" and settings.values in (None, kind)
+    # The scales of int8 in groups follow the largest weight, and are not found again once it has moved.
+    if kind is not None and trains and (kind_of(kind).bits < 8 or group is None):
+        if settings.values is None:
+            progress.say(f"training through the grid of {kind}, which {folder} was solved for")
+        settings = Recovery.make(settings, values=kind, group_size=settings.group_size or group)
+    return settings, _several_kinds(settings, folder, progress)
+
+
+def _several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[str, str]:
     """The kind of each linear that a folder was solved for, where it is several and nothing else is asked for.
 
     int8 in groups is left out: its scales follow the largest weight, and are not found again once it has moved.
@@ -100,15 +124,8 @@ def _is_packed_as_solved(folder: Path) -> bool:
 def recover_packed(request: RecoveryRequest, folder: Path, out: Path) -> RecoveryRecord:
     """`recover` for a packed folder. Integers are trained through their grid."""
     settings, progress = request.settings, request.progress
-    check_values(settings, folder)
-    kind = _packing(folder)
-    group, few = kind.get("group"), kind_of(kind["values"]).bits < 8
-    # Else all linears have one.
-    as_solved = _is_packed_as_solved(folder)
-    several = several_kinds(settings, folder, progress) if as_solved else {}
-    alike = kind_of(kind["values"]).scaled and (few or group is None) and not several
-    if alike and settings.method.weights == "trained":
-        settings = Recovery.make(settings, values=kind["values"], group_size=group)
+    kind, as_solved = _packing(folder), _is_packed_as_solved(folder)
+    settings, several = on_its_grid(settings, folder, progress)
     if request.text is None and request.tokenizer is None and reads_on(folder):
         load_tokenizer(folder)  # before a copy is made of it, which a message would name
     check_not_own_teacher(is_own_teacher(folder, request.teacher))

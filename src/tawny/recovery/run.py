@@ -18,15 +18,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from tawny.errors import TextError
-from tawny.kinds import kind_of
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
-from tawny.packed.convert import solved_for
 from tawny.process_group import refuse_several
 from tawny.progress import Progress, silent
 from tawny.recovery.dense import RecoveryRequest, recover_dense
-from tawny.recovery.packed import check_grid, recover_packed, refuse_trained, several_kinds
+from tawny.recovery.packed import check_grid, on_its_grid, recover_packed
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
 from tawny.run.place import place_of
@@ -97,20 +95,6 @@ def carry_out(request: RecoveryRequest) -> RecoveryRecord:
         check_grid(settings, folder)
         if is_packed(folder):
             return recover_packed(request, folder, out)
-        request = replace(request, settings=_on_its_grid(settings, folder, progress))
-        request = replace(request, kinds=several_kinds(request.settings, folder, progress))
+        settings, kinds = on_its_grid(settings, folder, progress)
+        request = replace(request, settings=settings, kinds=kinds)
     return recover_dense(request)
-
-
-def _on_its_grid(settings: Recovery, folder: Path, progress: Progress) -> Recovery:
-    """The settings, with the values and the group that a dense folder was solved for, where it was."""
-    solved, _ = solved_for(folder)
-    kind, group = solved.kind, solved.group_size
-    refuse_trained(settings, solved.names, folder)
-    if kind is None or settings.method.weights != "trained" or settings.values not in (None, kind):
-        return settings
-    if kind_of(kind).bits == 8 and group is not None:
-        return settings  # whose scales follow the largest weight, and are not found again once it has moved
-    if settings.values is None:
-        progress.say(f"training through the grid of {kind}, which {folder} was solved for")
-    return Recovery.make(settings, values=kind, group_size=settings.group_size or group)

@@ -13,12 +13,14 @@ from tawny.errors import ModelError
 from tawny.model.linears import Linear
 from tawny.model.replay import Inputs
 from tawny.model.stack import Stack
+from tawny.progress import Progress, silent
 from tawny.recovery.coordinates import Coordinates, Survivors, attach
 from tawny.recovery.methods import Covering
 from tawny.recovery.settings import Recovery
 
 # A dense model has a few zeros by chance.
 LEAST_SPARSITY = 0.01
+_NUMBER_BYTES = 16  # of a trained number: value, gradient and two moments
 
 
 class Student:
@@ -26,6 +28,11 @@ class Student:
 
     Args:
         kinds: of linears that are trained through the grid of their own kind, where `settings` name none for all.
+        counts: it is not trained, only counted, one block in memory at a time.
+
+    Attributes:
+        trained: numbers.
+        held_bytes: of these, with gradients and moments from the first step on, and of what is kept beside them.
 
     Raises:
         ModelError: it has no zeros, and neither is a control, nor `smaller` than its teacher, nor brought to some sparsity or to
@@ -39,10 +46,14 @@ class Student:
         kinds: Mapping[str, str] | None = None,
         *,
         smaller: bool = False,
+        counts: bool = False,
+        progress: Progress = silent,
     ) -> None:
-        self.smaller = smaller
+        self.smaller, self.counts, self.progress = smaller, counts, progress
+        self.trained = self.held_bytes = 0
         self.stack, self.settings, self.kinds = stack, settings, kinds or {}
         self.coordinates: list[Coordinates] = []
+        self._counted = 0
         self.linears: list[Linear] = []
         self.zeros: dict[str, int] = {}
         self.unmasked = 0  # zeros of pruned linears for which few bits store no mask
@@ -59,6 +70,7 @@ class Student:
         stack.model.requires_grad_(False)
         for parameter in stack.model.parameters():
             parameter.grad = None  # of a loop before, which the first step would add to its own
+        self.progress.phase("reading the pruned model", len(stack), "blocks")
         for index in range(len(stack)):
             stack.load(index)
             linears = stack.linears(index)
@@ -70,8 +82,11 @@ class Student:
             self._cover_linears(linears, stored)
             small = stack.blocks[index].named_parameters(prefix=stack.name(index))
             self._cover_small({name: (p, stored.get(name, p)) for name, p in small})
+            self._count(index)
+            self.progress.step("")
         stack.stored = {}
         self._cover_small(dict(self._small_outside()))
+        self._count(None)
         self.prunable = sum(linear.numel for linear in self.linears)
         few = self.sparsity < LEAST_SPARSITY
         if few and not (self.smaller or settings.control or settings.values or self.kinds):
@@ -80,6 +95,18 @@ class Student:
                 "first (tawny prune); -o control=true trains a dense model to compare with"
             )
         self._handles = attach(self.coordinates)
+
+    def _count(self, index: int | None) -> None:
+        """Count what was covered since; `index`: of the block that it lies in."""
+        for one in self.coordinates[self._counted :]:
+            numbers = sum(tensor.numel() for tensor in one.tensors.values())
+            self.trained += numbers
+            self.held_bytes += numbers * _NUMBER_BYTES + one.kept_bytes
+        if self.counts:
+            self.coordinates.clear()
+            if index is not None:
+                self.stack.release(index)
+        self._counted = len(self.coordinates)
 
     @property
     def sparsity(self) -> float:

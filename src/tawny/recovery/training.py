@@ -96,7 +96,7 @@ class Training:
             compute=str(student.stack.compute).removeprefix("torch."),
             zeros_before=sum(student.zeros.values()),
             prunable=student.prunable,
-            trained=sum(t.numel() for t in self.tensors),
+            trained=student.trained,
         )
         if student.unmasked:
             self.record.warnings.append(

@@ -30,7 +30,7 @@ from tawny.solvers.members import MemberSolver
 # What the interpreter holds with torch, transformers and a tokenizer, where it cannot be measured.
 _INTERPRETER = 380_000_000
 # Bytes that tokenising takes for each character of the text (measured: 440 and 612 MB for 4.4 million, by machine).
-_TOKENISING = 145
+TOKENISING = 145
 # Buffers, fragments and the small things nobody adds up, as a share of what is added up.
 _SLACK = 0.05
 # Of float32 logits that models are compared by at once; a few such tensors are there together.
@@ -134,7 +134,7 @@ class Demand:
 
     def phases(self, *, spill: bool) -> dict[str, dict[str, int]]:
         """Parts of each phase; the interpreter is there in every one, what is outside the blocks in all but those of walks."""
-        stack, base = self.stack, self.base()
+        stack, base = self.stack, base_of(self.stack)
         phases = self.before_walks(base)
         if not any(self.by_block):
             return phases
@@ -173,18 +173,13 @@ class Demand:
             phases["refine"] = {**walked, **refine, "refine": self._refine_bytes() + solved}
         return phases
 
-    def base(self) -> dict[str, int]:
-        """What is there before the walks."""
-        outside = outside_bytes(self.stack)
-        return {"interpreter": max(resident_memory() - outside, 0) or _INTERPRETER, "embeddings": outside}
-
     def before_walks(self, base: Mapping[str, int]) -> dict[str, dict[str, int]]:
         """Opening the model and reading the text; only the first where no linear is pruned."""
         if not any(self.by_block):
             return {"open": dict(base)}
         return {
             "read": {**base, "conversion": _stored_apart(self.stack)},
-            "text": {**base, "text": self.characters * _TOKENISING},
+            "text": {**base, "text": self.characters * TOKENISING},
         }
 
     def walk_phases(self, base: Mapping[str, int], hidden: int) -> dict[str, dict[str, int]]:
@@ -393,6 +388,12 @@ def _total(parts: Mapping[str, int]) -> int:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.0f} MB"
+
+
+def base_of(stack: Stack) -> dict[str, int]:
+    """What is there before a model is walked through."""
+    outside = outside_bytes(stack)
+    return {"interpreter": max(resident_memory() - outside, 0) or _INTERPRETER, "embeddings": outside}
 
 
 def outside_bytes(stack: Stack) -> int:
