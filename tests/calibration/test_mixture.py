@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from tawny.calibration.windows import (
 from tawny.decoding import author as writing
 from tawny.decoding.author import Author
 from tawny.errors import RecipeError, TextError
+from tawny.model.structure import plain_head
 from tawny.pruning import session as session_module
 from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
@@ -241,6 +243,22 @@ def test_a_model_writes_seeded_text_without_repeated_passages(family, short):
     for row in writing._sampled(model, starts, 90, tawny.progress.silent).tolist():
         passages = [tuple(row[i : i + writing.PASSAGE]) for i in range(len(row) - writing.PASSAGE + 1)]
         assert len(row) == 90 and len(passages) == len(set(passages))
+
+
+def test_the_head_takes_the_last_states_of_several_prompts_as_one_matrix():
+    model, seen = tiny_model("llama"), []
+    head = model.get_output_embeddings()
+    for within in (contextlib.nullcontext(), plain_head(model)):
+        with within:
+            looking = head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+            model(tokens(3, 7), logits_to_keep=1)
+            looking.remove()
+    assert seen == [False, True] and not head._forward_pre_hooks
+    prompts = torch.full((3, 5), 4)
+    looking = head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+    writing._sampled(model, prompts, 4, tawny.progress.silent)
+    looking.remove()
+    assert len(seen) == 6 and all(seen[1:]) and not head._forward_pre_hooks
 
 
 @pytest.mark.parametrize("padding", [0, 2])

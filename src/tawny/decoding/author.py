@@ -36,7 +36,7 @@ from tawny.model import durable
 from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
 from tawny.model.context import longest_text
 from tawny.model.identity import fingerprint
-from tawny.model.structure import evaluating, predicts_tokens
+from tawny.model.structure import evaluating, plain_head, predicts_tokens
 from tawny.packed.opening import load_quietly
 from tawny.process_group import ProcessGroup
 from tawny.progress import Progress, silent
@@ -227,7 +227,7 @@ def _sampled(model: Any, start_RT: Tensor, length: int, progress: Progress) -> T
     # `generate` fills what a configuration leaves open from the model's own, whose end token would end a text.
     usual, model.generation_config = model.generation_config, plain
     try:
-        with _heads_grouped():
+        with _heads_grouped(), plain_head(model):
             sampled: Tensor = model.generate(
                 start_RT.to(model.device),
                 attention_mask=torch.ones_like(start_RT).to(model.device),

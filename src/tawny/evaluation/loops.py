@@ -19,6 +19,7 @@ from tawny.evaluation.perplexity import windows_of
 from tawny.evaluation.sources import reads_on, shared_tokenizer
 from tawny.model.context import check_context
 from tawny.model.source import resolve
+from tawny.model.structure import plain_head
 from tawny.model.trust import opens_models
 from tawny.packed.opening import load_quietly
 from tawny.precision import compute_dtype
@@ -138,7 +139,8 @@ def _continued(model: Any, starts: Tensor, tokens: int, progress: Progress) -> l
     continued = []
     for first in range(0, len(starts), _AT_ONCE):
         part = starts[first : first + _AT_ONCE]
-        written = model.generate(part, attention_mask=torch.ones_like(part))
+        with plain_head(model):
+            written = model.generate(part, attention_mask=torch.ones_like(part))
         for row in written[:, part.shape[1] :].tolist():
             end = min((row.index(token) for token in ends if token in row), default=len(row))
             continued.append(row[:end])

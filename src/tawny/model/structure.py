@@ -241,3 +241,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def plain_head(model: Any) -> Iterator[None]:
+    """The head of a model that writes takes the states of its last tokens as they would be alone.
+
+    Of several prompts they lie apart in memory, and torch then copies the head's weight for each: 1.8 GB for 32 prompts of SmolLM2-135M.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    joining = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        joining.remove()
