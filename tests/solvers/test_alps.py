@@ -166,7 +166,7 @@ def test_the_polynomial_of_an_inverse_is_within_its_bound(a: float) -> None:
 @pytest.mark.parametrize("grown", [0.04, 0.2, 1.0, 1.1, 1.9, 3.4, 3.5, 13.0])
 def test_one_inverse_serves_all_penalties_near_it(grown: float, powers: int, monkeypatch) -> None:
     if powers == 2:  # as if it were too large for more
-        monkeypatch.setattr(inverses, "_KEPT", 0)
+        monkeypatch.setattr(inverses, "_AT_WORK", 0)
     _, statistics = lifelike(20, 48)
     scaled = Alps(rho=0.2).prepare(statistics)
     found = scaled.inverse(0.2 * grown).double()
@@ -203,7 +203,7 @@ def test_few_inverses_and_bfloat16_lose_no_more(monkeypatch) -> None:
         W, statistics = lifelike(rows, columns)
         losses = []
         for products, kept in (("float32", 1 << 28), ("bfloat16", 1 << 28), ("bfloat16", 0)):
-            monkeypatch.setattr(inverses, "_KEPT", kept)
+            monkeypatch.setattr(inverses, "_AT_WORK", kept)
             with precision.force(products):
                 solution = Alps().solve(W, statistics, Unstructured(), 0.6)
             losses.append(reconstruction_error(W, solution.weight, statistics.hessian))

@@ -64,7 +64,17 @@ from tawny.solvers.eigenbases import WIDEST, Eigenbases
 from tawny.solvers.grid import Grid, kept_on_grid
 from tawny.solvers.inverse import with_damping
 from tawny.solvers.output import DAMP, Damped, damped
-from tawny.solvers.powers import CACHED, CHUNK, ROWS, SMALLEST_RHO, Scaled, parts, waiting_bytes, wide
+from tawny.solvers.powers import (
+    CACHED,
+    CHUNK,
+    ROWS,
+    SMALLEST_RHO,
+    Scaled,
+    parts,
+    serving_bytes,
+    waiting_bytes,
+    wide,
+)
 from tawny.solvers.refit import refit
 
 _CHECK = 3  # iterations between two looks at the support
@@ -138,13 +148,12 @@ class Alps(Solver):
     def workspace(self, out: int, width: int, output: Factor = "none") -> int:
         """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured.
 
-        Looked for with three copies of the weight and what was seen of it, two chunks, and squares of inputs: for bfloat16
-        two powers, the inverse for this ρ and its copy in a product's order, for float32 the last two. By the whole factor
+        Looked for with three copies of the weight and what was seen of it, two chunks, and squares of inputs. By the whole factor
         with its eigenvectors beside that, while some are found, and a refit that ties rows together.
         """
         size = native_dtype().itemsize
         waiting = waiting_bytes(width)
-        searching = 13 * out * width + 8 * width**2 + 2 * size * max(CHUNK, ROWS * width)
+        searching = 13 * out * width + serving_bytes(width) + 2 * size * max(CHUNK, ROWS * width)
         plain = waiting + max(searching, 28 * out * width + size * width**2)
         if output != "whole":
             return plain

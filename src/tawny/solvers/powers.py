@@ -31,7 +31,8 @@ CACHED = 1 << 16  # weights whose elementwise work stays in a core's cache
 SMALLEST_RHO = 1e-4  # below it float32 cannot factorise H + ρI, and the support has long stopped to care
 _GROWTH = 3.5  # how much ρ grows while one inverse serves,
 _DEGREE = 3  # by a polynomial of this degree: 1.7 % off at most
-_KEPT = 1 << 28  # bytes of inverses and their powers that may wait for another weight with the same input
+_AT_WORK = 1 << 30  # bytes of an inverse and its powers while they serve
+_KEPT = 1 << 28  # bytes of these that may wait for another weight with the same input
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Scaled:
     """What the linears that share an input share: the scaling of their Hessian, factors and inverses.
 
     Where the hardware multiplies bfloat16, one inverse serves while ρ grows by `_GROWTH`: its powers, each a product of
-    bfloat16 factors, give the inverses of those ρ (`_nearest`). Where all of them are too large to keep there are two, and
+    bfloat16 factors, give the inverses of those ρ (`_nearest`). Where all of them take more than `_AT_WORK` there are two, and
     one more product for each ρ. Elsewhere a product of square matrices costs more than an inverse, and every ρ has its own.
     """
 
@@ -152,7 +153,7 @@ def _substitute(L_II: Tensor, R_CI: Tensor, S_CI: Tensor) -> Tensor:
 def _powers_kept(width: int, dtype: torch.dtype) -> int:
     """How many powers of an inverse of so many inputs are in memory while it serves."""
     whole = _DEGREE + 1
-    return whole if whole * width * width * dtype.itemsize <= _KEPT else whole // 2
+    return whole if whole * width * width * dtype.itemsize <= _AT_WORK else whole // 2
 
 
 def _weighed(powers: list[Tensor], shares: list[float], rows: slice) -> Tensor:
@@ -184,9 +185,15 @@ def wide(rows: int, width: int) -> bool:
 
 def waiting_bytes(width: int) -> int:
     """What is kept for so many inputs while another weight is pruned: two inverses with their powers, or one for each ρ."""
+    size = native_dtype().itemsize * width**2
+    return min(12 * size, _KEPT) if (_DEGREE + 1) * size <= _KEPT else 0
+
+
+def serving_bytes(width: int) -> int:
+    """What serves for so many inputs beside what waits: powers, the inverse for one ρ and its copy in a product's order."""
     dtype = native_dtype()
-    kept = min(12 * dtype.itemsize * width**2, _KEPT)
-    return kept if _powers_kept(width, dtype) > _DEGREE else 0
+    powers = 0 if dtype is torch.float32 else 2 if waiting_bytes(width) else _powers_kept(width, dtype)
+    return (2 + powers) * dtype.itemsize * width**2
 
 
 def parts(T_OI: Tensor, size: int) -> list[slice]:
