@@ -81,6 +81,8 @@ def test_a_pruned_model_that_sees_comes_nearer_and_a_stopped_run_gives_the_same_
     record = tawny.recover(seen.pruned, seen.dense, seen.root / "whole", **keys)
     assert record.best["loss"] < record.start["loss"] and record.zeros == record.zeros_before
     assert record.text["counted"] == ["crops", "positions"] and record.tokens == 17 * 4 * 7
+    plan = tawny.plan_recovery(seen.pruned, seen.dense, **keys)
+    assert (plan.tokens, plan.trained, plan.zeros) == (record.tokens, record.trained, record.zeros_before)
     out = seen.root / "again"
     stopped(monkeypatch, lambda: tawny.recover(seen.pruned, seen.dense, out, **keys), after=5)
     resumed = tawny.recover(seen.pruned, seen.dense, out, **keys)

@@ -58,3 +58,5 @@ def test_the_command_line_says_what_an_encoder_lost(run, tmp_path):
     short = ["--seqlen", 16, "--tokens", 512, "--text", text]
     code, out, err = run("recover", pruned, "--teacher", dense, "--out", tmp_path / "out", *short)
     assert code == 0 and "energy lost" in out and "best" in out, err
+    code, out, err = run("plan", "recover", pruned, "--teacher", dense, *short)
+    assert code == 0 and "about 512 tokens in 32 steps of 1 × 16" in out, err

@@ -285,14 +285,12 @@ def plan_search(
     space, (solver, _) = space_of(job, settings.levels), solver_of_levels(job)
     searched = searched_windows(settings, settings.held_out)
     length = min(settings.length, load.seqlen)
-    # As many levels are solved as change something; windows go to few candidates or to many (evolution.py).
-    few = (
-        prepare(resolve_recipe(recipe, solver=solver), source, progress, recipe.device)
-        if solver != recipe.solver.name
-        else job
-    )
+    # Levels are solved by a quicker solver where the recipe's names one. Most trials see a quarter of the windows.
+    quick = job
+    if solver != recipe.solver.name:
+        quick = prepare(resolve_recipe(recipe, solver=solver), source, progress, recipe.device)
     calibration = replace(load, samples=min(load.samples, math.ceil(settings.tokens / load.seqlen)))
-    prune, level = seconds_of(job, calibration), seconds_of(few, calibration)
+    prune, level = seconds_of(job, calibration), seconds_of(quick, calibration)
     forward = forward_seconds(job.stack) * length
     seconds = {
         "output": prune.get("output", 0.0),
