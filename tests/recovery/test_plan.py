@@ -9,7 +9,8 @@ import pytest
 
 import tawny
 from tawny.errors import ModelError, RecipeError
-from tests.recovery.models import folder_keys, recover_pair
+from tests.recovery.models import RECIPE, folder_keys, recover_pair, save_letters
+from tests.tiny import tiny_model
 
 GRIDS = {"int8": None, "int4": 32}
 
@@ -57,11 +58,36 @@ def test_checkpointing_and_fewer_windows_at_once_take_less_memory(pair):
     assert plan_pair(pair, micro_batch=1).memory["activations"] == usual // 4
 
 
-def test_minutes_bound_what_is_read_and_the_teacher_writes_for_them(pair):
-    short, long = (plan_pair(pair, minutes=minutes, tokens="500M") for minutes in (0.05, 0.5))
-    assert 0 < short.tokens < long.tokens < 500_000_000
+@pytest.fixture
+def slow(monkeypatch):
+    """A machine of known speed."""
+    for room in ("recovery", "pruning"):
+        monkeypatch.setattr(f"tawny.{room}.plan.measured_speed", lambda _: 1e8)
+
+
+def test_minutes_bound_what_is_read(pair, slow):
+    short, long = (plan_pair(pair, minutes=minutes, tokens="500M") for minutes in (1, 10))
+    assert 0 < short.tokens < 500_000_000
+    assert long.tokens == pytest.approx(10 * short.tokens, rel=0.05)
     assert long.steps * 4 * 24 == long.tokens
-    assert long.seconds["total"] <= 1.1 * 30
+    assert 500 < long.seconds["total"] <= 600
+
+
+def test_a_plan_writes_for_the_share_of_the_text_that_is_the_models_own(pair, slow):
+    keys = {"tokens": 24 * 4 * 400}
+    whole, half = (plan_pair(pair, text=text, **keys) for text in ("self", ["self=0.5", f"{pair[2]}=0.5"]))
+    assert half.written * 2 == whole.written == 24 * 4 * 400
+    assert half.seconds["writing"] == pytest.approx(whole.seconds["writing"] / 2, abs=0.1) and half.memory
+
+
+def test_a_plan_has_the_rate_of_the_run(pair, tmp_path):
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    tiny_model("llama", hidden_size=640).save_pretrained(dense)
+    save_letters(dense)
+    tawny.prune(dense, pruned, recipe=RECIPE)
+    keys = {"source": pruned, "teacher": dense, "lr": None, "tokens": 96}
+    plan, record = plan_pair(pair, **keys), recover_pair(pair, tmp_path / "out", **keys)
+    assert plan.settings == record.settings and plan.settings["lr"] < 3e-4
 
 
 def test_who_has_no_text_is_told_what_the_dense_model_writes(pair, tmp_path):

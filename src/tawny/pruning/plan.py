@@ -18,7 +18,7 @@ import torch
 
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.calibration.inputs import read_inputs
-from tawny.calibration.mixture import OWN, load_texts, parse_texts
+from tawny.calibration.mixture import OWN, Texts, load_texts, parse_texts
 from tawny.calibration.output import factor_bytes
 from tawny.calibration.text import NAMED_TEXTS
 from tawny.decoding.author import author_of
@@ -189,17 +189,19 @@ class TextsAhead:
     Attributes:
         characters: of those that are here.
         author: bytes of the model that writes one of them; 0 where none does.
+        written: its share of what is read.
         fetched: names of those that a run would fetch.
     """
 
-    characters: int
-    author: int
-    fetched: Sequence[str]
-    notes: list[str]
+    characters: int = 0
+    author: int = 0
+    written: float = 0.0
+    fetched: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
 
 
 def texts_ahead(
-    texts: Any,
+    texts: Texts,
     folder: Path | None,
     author: Path | None,
     seed: int,
@@ -213,8 +215,9 @@ def texts_ahead(
     chats = any(x.messages for x in sources)
     tokenizer = load_tokenizer(folder) if chats and folder else None
     characters = load_texts(here, "calibration", tokenizer).characters if here else 0
-    bytes_, notes = 0, []
-    if author and any(x.spec == OWN for x in sources):
+    bytes_, written = 0, sum(x.share for x in sources if x.spec == OWN)
+    notes: list[str] = []
+    if author and written:
         writer = author_of(author, tokenizer, seed, compute, memory=budget)
         writer.check_memory()
         bytes_ = writer.bytes_
@@ -222,7 +225,7 @@ def texts_ahead(
     notes += [
         f"{text} is not fetched for a plan: the memory to tokenise it is not counted" for text in fetched
     ]
-    return TextsAhead(characters, bytes_, fetched, notes)
+    return TextsAhead(characters, bytes_, written, fetched, notes)
 
 
 def _notes(job: Job, undecided: bool) -> list[str]:

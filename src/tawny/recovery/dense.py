@@ -103,12 +103,7 @@ def _open(request: RecoveryRequest, ending: ExitStack) -> Training:
     clock = Clock()
     with clock("text"):
         reading = _reading(request, stack, teacher_stack, dense, reader)
-    # What is not made of tokens is as long as its model makes it.
-    slow = settings.lr is None and settings.method.weights == "trained" and input_of(stack.model) == PIXELS
-    width = next((linear.shape[1] for i in range(len(stack)) for linear in stack.linears(i)), 0)
-    settings = Recovery.make(
-        settings, seqlen=reading.seqlen, lr=SEEING_RATE if slow else settings.rate_for(width)
-    )
+    settings = settled(settings, stack, reading.seqlen)
     student = student_of(request, settings, stack, teacher_stack)
     ending.callback(student.close)
     _tell_memory(student, settings, request.progress)
@@ -132,6 +127,13 @@ def open_models(request: RecoveryRequest, folder: Path | None) -> tuple[Stack, S
     if not predicts_tokens(stack.model):
         _check_encoder(stack, teacher)
     return stack, teacher
+
+
+def settled(settings: Recovery, stack: Stack, seqlen: int) -> Recovery:
+    """The settings with what the model decides: its rate, and how long samples are that are not made of tokens."""
+    slow = settings.lr is None and settings.method.weights == "trained" and input_of(stack.model) == PIXELS
+    width = next((linear.shape[1] for i in range(len(stack)) for linear in stack.linears(i)), 0)
+    return Recovery.make(settings, seqlen=seqlen, lr=SEEING_RATE if slow else settings.rate_for(width))
 
 
 def student_of(

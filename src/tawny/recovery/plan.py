@@ -23,7 +23,7 @@ from tawny.precision import measured_speed
 from tawny.progress import Progress, silent
 from tawny.pruning.plan import TextsAhead, forward_seconds, rounded_seconds, texts_ahead
 from tawny.recovery.data import written_tokens
-from tawny.recovery.dense import RecoveryRequest, check_wanted, open_models, student_of
+from tawny.recovery.dense import RecoveryRequest, check_wanted, open_models, settled, student_of
 from tawny.recovery.objective import chunk_tokens
 from tawny.recovery.packed import check_grid, on_its_grid
 from tawny.recovery.settings import Recovery
@@ -98,13 +98,15 @@ def plan_recovery(
     request = RecoveryRequest(folder, teacher, None, chosen, progress, kinds=kinds)
     check_wanted(request)
     stack, dense = open_models(request, folder)
+    seqlen = chosen.seqlen
     if input_of(stack.model) != TOKENS:
         one, _ = read_inputs(stack, folder, chosen.text, 1, chosen.seed, strict=chosen.strict)
-        chosen = Recovery.make(chosen, seqlen=one.seqlen)
-        ahead = TextsAhead(0, 0, chosen.text, [])
+        seqlen = one.seqlen
+        ahead = TextsAhead(fetched=chosen.text)
     else:
         author = None if dense is None or teacher is None else resolve(teacher)
         ahead = texts_ahead(chosen.text, folder, author, chosen.seed, stack.compute)
+    chosen = settled(chosen, stack, seqlen)
     student = student_of(request, chosen, stack, dense, counts=True)
     work = _Work(student, ahead, teaches=dense is not None)
     most, parts = peak(work, spill=False)
@@ -150,7 +152,7 @@ class _Work:
             self.vocabulary = int(stack.config.get_text_config().vocab_size)
         width = stack.hidden_bytes // stack.compute.itemsize
         self.head = 2.0 * self.vocabulary * width / measured_speed(stack.compute)
-        self.written = written_tokens(settings, 1.0) if ahead.author else 0
+        self.written = written_tokens(settings, ahead.written) if ahead.author else 0
         self.tokens = settings.steps * settings.batch * settings.seqlen
         here = math.inf if ahead.fetched else self.written + ahead.characters / _A_TOKEN
         if settings.minutes is not None:
