@@ -39,7 +39,7 @@ from tawny.kinds import solved_kind
 from tawny.model.context import check_context
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
-from tawny.pruning.plan import forward_seconds, load_of, rounded_seconds, seconds_of
+from tawny.pruning.plan import Planned, forward_seconds, load_of, rounded_seconds, seconds_of
 from tawny.pruning.prepare import Job, notices, prepare
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
@@ -51,8 +51,8 @@ _ZEROS = {0.5: 1.68, 0.7: 5.21}
 _ROUNDING, _PACKING = 5e-7, 1e-7
 
 
-@dataclass(frozen=True)
-class FitPlan:
+@dataclass(frozen=True, kw_only=True)
+class FitPlan(Planned):
     """What a fit would make and take.
 
     Attributes:
@@ -64,14 +64,11 @@ class FitPlan:
             share of the weights in blocks of each kind; the share of zeros; the kinds of head and embedding.
         expected: divergence from the dense model, nats a token, where it was measured; else None.
         assumes: what a speed is turned into bytes by; "" for a size.
-        memory, disk: peak bytes.
-        seconds: estimated, by phase.
+        memory, disk, seconds: peak bytes and seconds by phase, estimated.
     """
 
-    source: str
     recipe: dict[str, Any]
     settings: dict[str, Any]
-    parameters: int
     asked: dict[str, Any]
     budget: int | None
     smallest: int
@@ -80,13 +77,6 @@ class FitPlan:
     expected: float | None
     assumes: str
     finalists: list[str]
-    memory: dict[str, int]
-    disk: dict[str, int]
-    seconds: dict[str, float]
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @opens_models
@@ -156,7 +146,7 @@ def plan_fit(
         expected=None if known is None else best.expected,
         assumes="" if room.pace is None else room.pace.told(),
         finalists=[each.name for each in finalists],
-        memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
+        memory=placement.told(),
         disk={"peak": disk, "packed": best.bytes},
         seconds=_seconds(job, load, settings, len(finalists), measured is not None),
         notes=[*notices(job, load.samples * load.seqlen), *notes, *filter(None, [few_bits(job)])],
@@ -230,31 +220,21 @@ def _seconds(job: Job, load: Load, settings: FitSettings, finalists: int, measur
     return rounded_seconds(seconds)
 
 
-@dataclass(frozen=True)
-class SearchPlan:
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan(Planned):
     """What a search would take.
 
     Attributes:
         levels: sparsities that each linear is solved at, and their reach.
         held_out: windows to search on and to decide on, and tokens of one, where the text has as many.
-        memory, disk: peak bytes.
-        seconds: estimated, by phase.
+        memory, disk, seconds: peak bytes and seconds by phase, estimated.
     """
 
-    source: str
     recipe: dict[str, Any]
     settings: dict[str, Any]
-    parameters: int
     solver: str
     levels: dict[str, Any]
     held_out: dict[str, int]
-    memory: dict[str, int]
-    disk: dict[str, int]
-    seconds: dict[str, float]
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @opens_models
@@ -311,7 +291,7 @@ def plan_search(
         solver=solver,
         levels={**dict(zip(("from", "to"), space.reach, strict=True)), "count": len(space.levels)},
         held_out={"windows": searched, "deciding": settings.held_out - searched, "tokens": length},
-        memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
+        memory=placement.told(),
         disk={"peak": space.bytes_in(level_dtype(job.stack))},
         seconds=rounded_seconds(seconds),
         notes=[*notices(job, load.samples * load.seqlen), *notes],

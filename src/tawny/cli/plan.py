@@ -10,7 +10,7 @@ from tawny.cli.options import Aim, Memory, Model
 from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
 from tawny.cli.recover import Asked, DenseModel, Pruned
 from tawny.cli.root import app, verb
-from tawny.cli.search import Trying
+from tawny.cli.search import Trying, levels_and_windows
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.report.frames import Frame, Result, facts, parts, table
 from tawny.words import duration, percent, size
@@ -147,13 +147,10 @@ def plan_tables(plan: Result) -> list[Frame]:
 
 def search_plan_tables(plan: Result) -> list[Frame]:
     """What a search would take."""
-    levels, held_out, settings = plan["levels"], plan["held_out"], plan["settings"]
-    windows = f"{held_out['windows']} windows of {held_out['tokens']} tokens"
     rows = [
         ("model", f"{plan['source']}: {plan['parameters']:,} parameters"),
-        ("tries", f"{settings['trials']} allocations, solved by {plan['solver']}"),
-        ("levels", f"{levels['count']} from {percent(levels['from'])} to {percent(levels['to'])}"),
-        ("held out", f"{windows}, {held_out['deciding']} more to decide"),
+        ("tries", f"{plan['settings']['trials']} allocations, solved by {plan['solver']}"),
+        *levels_and_windows(plan),
         ("peak memory", _memory_words(plan)),
         ("disk", f"{size(plan['disk']['peak'])} until it is over"),
     ]

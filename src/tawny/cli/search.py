@@ -85,15 +85,22 @@ def search_tables(found: Result) -> list[Shown]:
         proof = "–" if trial["proof"] is None else f"{trial['proof']:.4f}"
         proof = "broke down" if trial["broke_down"] else proof
         frame.add(trial["name"], f"{trial['verdict']:.4f}", proof)
-    held_out, levels = found["held_out"], found["levels"]
-    windows = f"{held_out['windows']} windows of {held_out['tokens']} tokens"
     rows = [
         ("tried", f"{len(found['trials'])} allocations, solved by {found['solver']}"),
-        ("levels", f"{levels['count']} from {percent(levels['from'])} to {percent(levels['to'])}"),
-        ("held out", f"{windows}, {held_out['deciding']} more to decide"),
+        *levels_and_windows(found),
         ("time", f"{duration(found['seconds']['total'])}{parts(found['seconds'], 'total', duration)}"),
         ("peak memory", size(found["peak_memory"])),
     ]
     if found["out"]:
         rows.append(("written", f"{found['out']}; its picture and all that was tried are beside it"))
     return [frame, facts(rows + [("warning", warning) for warning in found["warnings"][:5]]), found["says"]]
+
+
+def levels_and_windows(found: Result) -> list[tuple[str, str]]:
+    """What a search compares, and on what."""
+    held_out, levels = found["held_out"], found["levels"]
+    windows = f"{held_out['windows']} windows of {held_out['tokens']} tokens"
+    return [
+        ("levels", f"{levels['count']} from {percent(levels['from'])} to {percent(levels['to'])}"),
+        ("held out", f"{windows}, {held_out['deciding']} more to decide"),
+    ]

@@ -45,40 +45,51 @@ _OVERHEAD = 1.7
 _PASS = 3e-10
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What every plan says.
+
+    Attributes:
+        memory: estimated peak bytes of the whole process, the smallest budget that would do, and the parts of the peak.
+        disk: bytes written at the peak.
+        seconds: estimated, by phase.
+    """
+
+    source: str
+    parameters: int
+    memory: dict[str, int]
+    disk: dict[str, int]
+    seconds: dict[str, float]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Planned):
     """What a recipe would do to a model, without doing it.
 
     Attributes:
         blocks: `[{index, linears, parameters}]`.
         removed: weights; about, where the allocation is not known.
         allocation: by linear name, or None where the allocator has to see data first.
-        memory: estimated peak bytes of the whole process, the smallest budget that would do, and the parts of the peak.
+        memory, seconds: peak bytes of the whole process with the smallest budget that would do, and seconds by phase, estimated.
         disk: bytes written at the peak (hidden states that resuming needs among them), and of the finished checkpoint.
         hidden_states: where they are kept, "memory" or "disk".
         reads_text: whether calibration text is needed at all.
         seqlen: hidden states that a sample makes.
-        seconds: estimated, by phase.
     """
 
-    source: str
     recipe: dict[str, Any]
-    parameters: int
     prunable: int
     removed: int
     blocks: list[dict[str, Any]]
     linears: list[dict[str, Any]]
     allocation: dict[str, float] | None
-    memory: dict[str, int]
-    disk: dict[str, int]
-    seconds: dict[str, float]
-    notes: list[str] = field(default_factory=list)
-    hidden_states: str = "memory"
-    reads_text: bool = True
-    seqlen: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    hidden_states: str
+    reads_text: bool
+    seqlen: int
 
 
 @opens_models
@@ -142,11 +153,7 @@ def plan(
         ],
         linears=[{"name": x.name, "shape": list(x.shape), "block": x.block} for x in infos],
         allocation=allocation,
-        memory={
-            "peak": placement.peak,
-            "smallest": placement.smallest,
-            **placement.parts,
-        },
+        memory=placement.told(),
         hidden_states="disk" if placement.spill else "memory",
         disk={
             "peak": most,

@@ -10,7 +10,7 @@ __all__ = ["RecoveryPlan", "plan_recovery"]
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tawny.model.structure import TOKENS, input_of, predicts_tokens
 from tawny.model.trust import opens_models
 from tawny.precision import measured_speed
 from tawny.progress import Progress, silent
-from tawny.pruning.plan import TextsAhead, forward_seconds, rounded_seconds, texts_ahead
+from tawny.pruning.plan import Planned, TextsAhead, forward_seconds, rounded_seconds, texts_ahead
 from tawny.recovery.data import written_tokens
 from tawny.recovery.dense import RecoveryRequest, check_wanted, open_models, settled, student_of
 from tawny.recovery.objective import chunk_tokens
@@ -40,8 +40,8 @@ _MEASURING = 0.1  # of the minutes
 _A_TOKEN = 4  # characters of text, about
 
 
-@dataclass(frozen=True)
-class RecoveryPlan:
+@dataclass(frozen=True, kw_only=True)
+class RecoveryPlan(Planned):
     """What a recovery would train and take.
 
     Attributes:
@@ -49,28 +49,18 @@ class RecoveryPlan:
         trained: numbers.
         tokens, steps: that are read; about, where the minutes end it.
         written: tokens that the dense model writes first.
-        memory: estimated peak bytes of the whole process, and the parts of the peak.
-        disk: bytes meanwhile, and of the finished folder.
-        seconds: estimated, by phase.
+        memory, seconds: peak bytes of the whole process with their parts, and seconds by phase, estimated.
+        disk: bytes at the peak, of the finished folder, and of the teacher's hidden states.
     """
 
-    source: str
     teacher: str | None
     settings: dict[str, Any]
-    parameters: int
     prunable: int
     zeros: int
     trained: int
     tokens: int
     steps: int
     written: int
-    memory: dict[str, int]
-    disk: dict[str, int]
-    seconds: dict[str, float]
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @opens_models

@@ -77,6 +77,10 @@ class Placement:
     parts: Mapping[str, int]
     smallest: int
 
+    def told(self) -> dict[str, int]:
+        """For a plan: the peak, the smallest one and the parts of the peak."""
+        return {"peak": self.peak, "smallest": self.smallest, **self.parts}
+
 
 @dataclass(frozen=True)
 class Load:
