@@ -56,6 +56,7 @@ class Record:
         evaluation: `{"dense": …, "pruned": …}` where both were measured.
         outlier_M: M of the linears' outlier counts.
         generated: `{"prompt", "dense", "pruned"}` texts, where both models were asked to continue some.
+        loops: how many continuations of both models repeat themselves, where whole experts left and `--eval` asked.
         experts: what became of the mixture of each block, where whole experts left: `kept` and `removed` by number, how often each was
             `chosen` before, their `scores`, and what the output `felt` of it all where it was asked.
         refined: what training did to each block, where the recipe asks for it; `also` names the norms and biases
@@ -99,6 +100,7 @@ class Record:
     refined: list[dict[str, Any]] = field(default_factory=list)
     experts: list[dict[str, Any]] = field(default_factory=list)
     generated: list[dict[str, str]] = field(default_factory=list)
+    loops: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: int = 0
     packed: dict[str, Any] = field(default_factory=dict)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -172,10 +174,30 @@ def test_last_line_is_the_command_that_counts_loops_beside_the_dense_model(tmp_p
     asked = ("-p", "experts", "-s", 0.25, "-m", "magnitude")
     code, out, err = run("prune", "dense", "--out", "cut", *asked)
     assert code == 0, err
-    command = out.splitlines()[-1].split("?")[1].split()
+    command = out.splitlines()[-1].split("not measured:")[1].split()
     assert command == ["tawny", "eval", "cut", "--against", "dense", "--loops"]
     code, _, err = run(*command[1:], "--text", tmp_path / "none.txt")  # which it reads as it stands
     assert code == 2 and "none.txt" in err.splitlines()[-1]
+
+
+def test_with_a_text_both_models_write_and_the_last_lines_and_pages_say_how_many_loop(
+    tmp_path, run, monkeypatch
+):
+    saved("mixtral", tmp_path / "dense", vocab_size=len(tiny_tokenizer()))
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(tawny, "loops", partial(tawny.loops, prompts=4, tokens=64))  # fewer than a user's
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(topics.values())[:20_000], encoding="utf-8")
+    asked = ("-p", "experts", "-s", 0.25, "-m", "magnitude", "--eval", text, "--seqlen", 32)
+    code, out, err = run("prune", tmp_path / "dense", "--out", tmp_path / "cut", *asked)
+    assert code == 0, err
+    loops = json.loads((tmp_path / "cut" / "run.json").read_text())["loops"]
+    assert loops["prompts"] == 4 and loops["tokens"] == 64 and loops["against"] == str(tmp_path / "dense")
+    said = f"{loops['looped']} of 4 continuations end in a loop, {loops['dense']} of the dense model's"
+    shown = out + err
+    for page in (shown, *((tmp_path / "cut" / name).read_text() for name in ("README.md", "report.html"))):
+        assert said in page.replace("&#39;", "'")
 
 
 @pytest.mark.parametrize(

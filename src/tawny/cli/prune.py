@@ -17,7 +17,7 @@ from tawny.kinds import KINDS, names_of, solved_kind
 from tawny.process_group import speaks
 from tawny.report.form import choice_of_experts
 from tawny.report.frames import Frame, Result, facts, parts
-from tawny.report.view import quality
+from tawny.report.view import loops_words, quality
 from tawny.words import duration, percent, size
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def prune(
         OUTPUT,
     ),
     evaluate: str | None = option(
-        "--eval TEXT", f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.", OUTPUT
+        "--eval TEXT",
+        f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows; with -p experts also how often each repeats itself.",
+        OUTPUT,
     ),
 ) -> None:
     """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""
@@ -84,6 +86,18 @@ def prune(
         record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
         record.evaluation["pruned"] |= {"sparsity": record.sparsity, "rounded": record.rounded}
         record.generated = _samples(console, model, out, evaluate)
+        if record.experts:
+            with console.progress() as progress:
+                progress.say("letting both models write, to see whether they repeat themselves")
+                written = tawny.loops(
+                    out,
+                    evaluate,
+                    against=model,
+                    compute=chosen.compute,
+                    device=chosen.device,
+                    progress=progress,
+                )
+                record.loops = written.to_dict()
         from tawny.report.publish import publish
 
         console.note(f"report: {publish(record, out)}")
@@ -175,6 +189,11 @@ def record_tables(record: Result) -> list[Frame]:
         rows.append(("", f"and {len(record['warnings']) - 5} more warnings in run.json"))
     if record.get("experts"):
         command = shlex.join(["tawny", "eval", record["out"], "--against", record["source"], "--loops"])
-        rows.append(("repeats itself?", command))
+        rows.append(
+            (
+                "repeats itself",
+                loops_words(record["loops"]) if record.get("loops") else f"not measured: {command}",
+            )
+        )
     compared = quality(record["evaluation"])
     return [allocation_table(record["linears"]), facts(rows), *([compared] if compared else [])]

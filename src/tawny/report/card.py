@@ -20,6 +20,7 @@ from tawny.report.frames import escaped, facts, markdown
 from tawny.report.view import (
     finalists,
     fit_facts,
+    loops_words,
     measured_on,
     quality,
     recovered_since,
@@ -194,6 +195,8 @@ def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
             "`--against DENSE` the distance from the dense model."
         )
     note = measured_on(record) + " The pruned model was measured before its recovery." * recovered
+    if record.get("loops"):
+        note += f" {loops_words(record['loops'])}."
     return f"## Quality\n\n{markdown(frame)}\n\n{escaped(note)}"
 
 

@@ -165,6 +165,11 @@ def _windows(measured: Mapping[str, Any]) -> str:
     return f"{measured['windows']} windows of {measured['seqlen']} tokens{begun(measured)}"
 
 
+def loops_words(loops: Mapping[str, Any]) -> str:
+    """`3 of 64 continuations end in a loop, 1 of the dense model's`, from the `loops` of a record."""
+    return f"{loops['looped']} of {loops['prompts']} continuations end in a loop, {loops['dense']} of the dense model's"
+
+
 def rounded_since(record: Mapping[str, Any]) -> str:
     """A sentence, where packing rounded the model after it was measured; else nothing."""
     if record["evaluation"]["pruned"].get("rounded") == (record.get("rounded") or {}):
