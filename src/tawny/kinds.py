@@ -1,7 +1,9 @@
 """The kinds of packed values: one table, read by kernels, recipes, the format, recovery, the command line, docs and tests.
 
 A new kind is one row here. Plain torch then packs, opens and multiplies it. For the compiled kernels it needs a number in
-kernels/tawny.h, and a trait and a case of `with_kind` in kernels/generic.h. Nothing here imports torch before it computes, because `--help` shows the table.
+kernels/tawny.h, and a trait and a case of `with_kind` in kernels/generic.h; that raises `ABI` in kernels/native.py and
+`tawny_abi` in kernels/dispatch.cpp. Its row also stands in docs/packed-format.md. Types of GGUF files are in gguf_kinds.py, and
+kinds for GPUs in `GPU_KINDS` below. Nothing here imports torch before it computes, because `--help` shows the table.
 """
 
 from __future__ import annotations

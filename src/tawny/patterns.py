@@ -12,7 +12,9 @@ experts (model/mixtures.py) or blocks. Promises of masks of single weights:
 
 A new pattern of single weights is a class with its words in `parse_pattern`, its choice in `keep_mask`, and a case wherever
 solvers ask for `NM`. One of whole parts is checked in recipe/schema.py, allocated in pruning/profiling.py and walked by
-pruning/prepare.py. recipe/catalogue.py has a line for each.
+pruning/prepare.py. recipe/catalogue.py has a line for each. One of single weights has cases, too, in recipe/schema.py, pruning/block.py,
+pruning/prepare.py, pruning/profiling.py and choosing/space.py. One of whole parts has its registry in solvers/__init__.py, and
+cases in report/form.py, pruning/profile.py and choosing/settings.py.
 
 Shapes: O = out, I = in, M = the m of n:m, G = number of groups of m.
 """

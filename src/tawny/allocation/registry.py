@@ -1,6 +1,7 @@
 """The allocators that decide on their own, by name: each works with its defaults, and `blend` takes the mean of any of them.
 
 A new allocator is one file and one entry here. The room's face adds those that stand on others or on a file.
+For `tawny search` to try it, its strengths stand in choosing/candidates.py.
 """
 
 from __future__ import annotations

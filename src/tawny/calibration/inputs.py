@@ -2,7 +2,8 @@
 
 model/structure.py says what a model takes, and this is the one place that reads calibration from files. After it there are
 samples. A new kind of input needs a loader as pictures.py is, its prefix in mixture.py, its processor in model/source.py and
-its random stand-in in model/structure.py; encoders train on it by recovery/crops.py.
+its random stand-in in model/structure.py; encoders train on it by recovery/crops.py. It also needs a case here, its reader
+in pruning/session.py, a default in evaluation/features.py, and cases in recovery/dense.py and recovery/settings.py.
 """
 
 from __future__ import annotations

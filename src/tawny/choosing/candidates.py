@@ -1,6 +1,7 @@
 """What a search tries first: each allocator over a grid of its strengths.
 
-The grid starts with what each allocator does when nothing is chosen, and holds the values of the papers.
+The grid starts with what each allocator does when nothing is chosen, and holds the values of the papers. A search tries a new
+allocator once it stands in the tables of both functions here, and in `FAMILIES` of settings.py.
 """
 
 from __future__ import annotations

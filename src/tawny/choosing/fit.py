@@ -10,7 +10,8 @@
 4. They are compared on held-out text that took no part so far. The nearest to the dense model wins; of equals uniform wins
    (fitted.py).
 
-The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text.
+The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text. A new step is a line
+of `_fit`; its seconds stand in plan.py, its memory in demand.py, and its name in report/view.py.
 """
 
 from __future__ import annotations

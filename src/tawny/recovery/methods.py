@@ -1,6 +1,7 @@
 """What `tawny recover` may train: a row for each method, which says all that the rest has to know of it.
 
-To add a method, write what it makes of the linears of a block (a `Cover`) and its row. Norms and biases are always trained.
+To add a method, write what it makes of the linears of a block (a `Cover`) and its row. What is trained is a class of coordinates.py;
+writing.py has a case for a class that is neither of those there. Norms and biases are always trained.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""One file a solver; each is a pure function of tensors, readable beside its paper."""
+"""One file a solver; each is a pure function of tensors, readable beside its paper.
+
+A new solver is a file and an entry below, in the registry of what it removes: weights, members, blocks, experts or ranks.
+recipe/catalogue.py lists those that remove whole parts.
+"""
 
 from __future__ import annotations
 
