@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import yaml
 import tawny
 from tawny.allocation import ALLOCATORS
 from tawny.allocation.profile import Profile
+from tawny.calibration.output import OutputFactor
 from tawny.choosing import search as module
 from tawny.choosing import searched, solving
 from tawny.choosing.candidates import _BLENDS, allocators_to_try
@@ -529,10 +531,12 @@ def test_the_first_thing_tried_of_an_allocator_is_what_it_does_by_itself(family,
     shapes = reference.model(4)
     measures = []
     for block in range(4):
-        linears = shapes.linears_of(block)
-        measures.append(
-            alone.measure({x.name: lifelike(*x.shape, seed=7 * block + i) for i, x in enumerate(linears)})
-        )
+        seen = {}
+        for i, x in enumerate(shapes.linears_of(block)):
+            weight, statistics = lifelike(*x.shape, seed=7 * block + i)
+            felt = OutputFactor(64, 1e-3 * (1 + block) * torch.linspace(1, 2, x.shape[0]))
+            seen[x.name] = (weight, replace(statistics, output=felt))
+        measures.append(alone.measure(seen))
     profile = Profile(shapes.linears, tuple(measures))
     assert tried.allocate(profile, target) == pytest.approx(alone.allocate(profile, target))
 
@@ -540,6 +544,26 @@ def test_the_first_thing_tried_of_an_allocator_is_what_it_does_by_itself(family,
 @pytest.mark.parametrize("target", [0.0, 0.999])
 def test_candidates_can_be_made_at_any_sparsity(target):
     assert {family for family, _, _ in allocators_to_try(FAMILIES, target, 1)} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
+def test_curves_are_tried_as_they_are_alone_whether_or_not_the_solver_asks_the_output(solver, monkeypatch):
+    options = {"search.candidates": "curves", "search.trials": 9, "search.finalists": 0, "solver": solver}
+    kept, real = [], module.allocate
+
+    def noting(*args):
+        kept.append(real(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(module, "allocate", noting)
+    given = tokens(8, 24, seed=4)
+    found = search(tiny_model("llama"), calibration=given, **options)
+    assert {f"curves strength={value}" for value in ("0.75", "1", "0.5")} <= {
+        trial["name"] for trial in found.trials
+    }
+    keys = {**PRUNING, "solver": solver, "allocator": "curves", "calibration": given[:6]}
+    assert kept[0] == pytest.approx(tawny.prune(tiny_model("llama"), **keys).allocation)
+    assert len(set(kept[0].values())) > 1
 
 
 def test_every_blend_that_is_tried_is_what_it_does_by_itself(monkeypatch):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.atp import Atp, largest_beta
 from tawny.allocation.blend import Blend
+from tawny.allocation.curves import Curves
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.joint import Joint, Survey
 from tawny.allocation.lsa import Lsa
@@ -38,6 +39,7 @@ def allocators_to_try(
     nearest_end = min(target, 1 - target)
     slope = min(1.0, band / nearest_end) if nearest_end > 0 else 0.0
     every: dict[str, list[Allocator]] = {
+        "curves": [Curves(strength=value) for value in (0.75, 1.0, 0.5)],
         "owl": [Owl(M=M, lambda_=value) for value in (0.08, 0.15, 0.04) for M in (5.0, 7.0, 3.0, 10.0)],
         "dlp": [Dlp(alpha=value) for value in (0.15, 0.1, 0.05, 0.2)],
         "atp": [Atp(beta=value * steepest) for value in dict.fromkeys((slope, 0.5, 0.25, 0.75))],
@@ -49,7 +51,13 @@ def allocators_to_try(
         "alpha": [Alpha(epsilon=value) for value in (0.3, 0.2, 0.1)],
         "blend": [Blend(of) for of in _BLENDS],
     }
-    options = {"owl": ("M", "lambda_"), "dlp": ("alpha",), "atp": ("beta",), "lsa": ("granularity", "alpha")}
+    options = {
+        "curves": ("strength",),
+        "owl": ("M", "lambda_"),
+        "dlp": ("alpha",),
+        "atp": ("beta",),
+        "lsa": ("granularity", "alpha"),
+    }
     options |= {"alpha": ("epsilon",), "blend": ("of",)}
     for turn in itertools.zip_longest(*(every[name] for name in names)):
         for family, allocator in zip(names, turn, strict=True):
@@ -64,6 +72,7 @@ def surveyed(names: Sequence[str]) -> Survey:
     """What the candidates read from a block. ATP measures nothing, and OWL reads the outlier shares."""
     blended = dict.fromkeys(name for of in _BLENDS for name in of.split(","))
     readers: dict[str, Allocator] = {
+        "curves": Curves(),
         "dlp": Dlp(),
         "lsa": Lsa(),
         "alpha": Alpha(),

@@ -10,6 +10,7 @@ __all__ = [
     "candidates_at_once",
     "held_back",
     "role_of",
+    "searched_factor",
     "searched_windows",
     "solver_of_levels",
 ]
@@ -19,11 +20,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tawny.calibration.output import Factor, most_felt
 from tawny.calibration.statistics import Needs, most
 from tawny.choosing.candidates import surveyed
 from tawny.choosing.settings import FitSettings, SearchSettings
 from tawny.model.streams import Samples
-from tawny.pruning.prepare import Job, demand_of
+from tawny.pruning.prepare import Job, demand_of, output_count
 from tawny.run.memory import LOGIT_BYTES, Demand, Load, base_of
 from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
@@ -44,6 +46,11 @@ def solver_of_levels(job: Job) -> tuple[str, Solver | MemberSolver]:
         return own, job.member_solver
     quick = job.weight_solver.stand_in
     return (quick, SOLVERS[quick]()) if quick else (own, job.weight_solver)
+
+
+def searched_factor(settings: SearchSettings, job: Job) -> Factor:
+    """What is asked of the output: for the solutions, and for what candidates measure."""
+    return most_felt([job.recipe.output.factor or "none", surveyed(settings.families).output])
 
 
 def searched_windows(settings: SearchSettings, held_out: int) -> int:
@@ -101,6 +108,8 @@ class SearchDemand:
         solver = solver_of_levels(job)[1]
         finals = replace(demand_of(job, load), samples=count, seqlen=load.seqlen, refining=False)
         needs: Needs = "hessian" if job.recipe.refit else solver.needs
+        factor = searched_factor(settings, job)
+        asks = factor != "none" and load.samples > 0
         levels = replace(
             finals,
             solver=solver,
@@ -108,6 +117,8 @@ class SearchDemand:
             measuring=survey,
             characters=load.characters,
             profiled=min(finals.profiled, count),
+            factor=factor,
+            felt=output_count(job.recipe, load.samples, load.seqlen) if asks else 0,
         )
         size, searched = length * job.stack.hidden_bytes, searched_windows(settings, windows)
         # Many candidates see few windows, the best of them more, and only the last few all (evolution.py).

@@ -34,7 +34,7 @@ from tawny.allocation.joint import Survey
 from tawny.allocation.profile import Allocation, Profile
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.choosing.candidates import allocators_to_try, surveyed
-from tawny.choosing.demand import SearchDemand, held_back, searched_windows, solver_of_levels
+from tawny.choosing.demand import SearchDemand, held_back, searched_factor, searched_windows, solver_of_levels
 from tawny.choosing.divergence import Scorer
 from tawny.choosing.evolution import Proposal, evolve
 from tawny.choosing.member_space import SparsitySpace, space_of
@@ -135,8 +135,11 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
     windows, deciding = range(searched), range(searched, len(held_out))
     name_of_solver, solver = solver_of_levels(job)
     survey = surveyed(settings.families)
-    asks, factor = replace(session, samples=calibration), job.recipe.output.factor or "none"
-    with _level_store(session, space) as store, asking_output(asks, factor) as session:
+    asks = replace(session, samples=calibration)
+    with (
+        _level_store(session, space) as store,
+        asking_output(asks, searched_factor(settings, job)) as session,
+    ):
         solved = solve_levels(
             session, space, store, samples=samples, held_out=held_out, solver=solver, survey=survey
         )

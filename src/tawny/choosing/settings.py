@@ -26,7 +26,7 @@ from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 
 # Whose strengths are tried beside uniform, which always is.
-FAMILIES = ("owl", "dlp", "atp", "lsa", "alpha", "blend")
+FAMILIES = ("curves", "owl", "dlp", "atp", "lsa", "alpha", "blend")
 DECIDING = 4  # windows to decide on, for each to search on
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
