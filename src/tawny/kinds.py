@@ -73,6 +73,11 @@ class Kind:
         return self.bits == 8 or self.storage == "int32"
 
     @property
+    def learns(self) -> bool:
+        """Whether training learns its scales, too. Those of int8 follow the largest weight, and are not found again in a group."""
+        return self.scaled and (self.bits < 8 or self.target != "packed")
+
+    @property
     def zero(self) -> bool:
         """Whether a weight of 0 stays 0: a mask says so."""
         return True
@@ -93,6 +98,10 @@ class Kind:
     def span(self, group: int | None) -> int | None:
         """The columns of a scale: those that were asked for, or the usual ones."""
         return self.groups[0] if group is None else group
+
+    def columns(self, width: int, group: int | None) -> int:
+        """The columns of a scale in a weight so wide; 0 where other runtimes' groups do not divide it."""
+        return (self.span(group) or width) if self.target == "packed" else dividing(width, group)
 
     def stored(self, count: int) -> int:
         """Elements of `storage` that so many survivors take, without padding."""
@@ -276,6 +285,13 @@ def solved_kind(name: str, group: int | None = None) -> Solved:
             f"group {group} goes with int8 to int2 values; the scales of {name} cover {kind.group} columns"
         )
     return kind
+
+
+def trained_kind(name: str, group: int | None = None) -> Kind:
+    """The row called `name` of integers that weights are trained through: ours, or of those for GPUs; raises as `kind_of` does."""
+    made = solved_kind(name, group) if name in GPU_KINDS else kind_of(name, group)
+    assert isinstance(made, Kind)
+    return made
 
 
 def kind_of(name: str, group: int | None = None) -> Kind:

@@ -128,12 +128,63 @@ def test_a_recovery_trains_norms_and_leaves_the_grid(tmp_path):
     tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "model")
     tawny.prune(tmp_path / "model", tmp_path / "solved", values="w4", **KEYS)
     keys = {"text": tokens(8, 24), "held_out": tokens(2, 24, seed=3), "tokens": 24 * 64}
-    with pytest.raises(RecipeError, match="was solved for w4, and only grids of packed folders are trained"):
-        tawny.recover(tmp_path / "solved", tmp_path / "model", tmp_path / "out", **keys)
     tawny.recover(tmp_path / "solved", tmp_path / "model", tmp_path / "out", train="norms", lr=0.02, **keys)
     tawny.export(tmp_path / "out", tmp_path / "small", "compressed-tensors")
     assert torch.equal(logits(tawny.load(tmp_path / "small")), logits(tawny.load(tmp_path / "out")))
     assert not torch.equal(logits(tawny.load(tmp_path / "small")), logits(tawny.load(tmp_path / "solved")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "sparsity"), [("w4", 32, 0.0), ("w4", None, 0.0), ("w4", -1, 0.5), ("w8", 64, 0.5)]
+)
+def test_a_recovery_trains_weights_through_the_grid_and_their_export_rounds_nothing(
+    tmp_path, run, kind, group, sparsity
+):
+    tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "model")
+    values = {"kind": kind, "group_size": group}
+    tawny.prune(tmp_path / "model", tmp_path / "solved", values=values, **{**KEYS, "sparsity": sparsity})
+    tawny.export(tmp_path / "solved", tmp_path / "served", "compressed-tensors")
+    keys = {"text": tokens(8, 24), "held_out": tokens(2, 24, seed=3), "tokens": 24 * 64}
+    keys["lr"] = 0.01 if kind == "w4" else 1e-4  # a step of eight bits is a sixteenth
+    made = []
+    for source in ("solved", "served"):  # the integers of a served folder are what was solved
+        out = tmp_path / f"{source}-out"
+        record = tawny.recover(tmp_path / source, tmp_path / "model", out, **keys)
+        assert record.best["kl"] < record.start["kl"] and record.best["step"] > 0
+        code, _, err = run("export", out, "--to", "compressed-tensors", "--out", tmp_path / f"{source}-small")
+        assert code == 0 and "rounded by best scales" not in err, err
+        made.append(tawny.load(tmp_path / f"{source}-small"))
+        assert torch.equal(logits(made[-1]), logits(tawny.load(out)))
+    assert torch.equal(*map(logits, made))
+    assert not torch.equal(logits(made[0]), logits(tawny.load(tmp_path / "solved")))
+    key = "model.layers.0.mlp.down_proj.weight"
+    before, after = (
+        tawny.load(folder).state_dict()[key] for folder in (tmp_path / "solved", tmp_path / "solved-out")
+    )
+    assert not torch.equal(before, after)
+    assert sparsity == 0 or bool((after[before == 0] == 0).all())
+
+
+def test_a_recovery_keeps_each_linear_on_the_grid_that_a_fit_chose_for_it(tmp_path):
+    tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "model")
+    (tmp_path / "kinds.yaml").write_text('allocation: {"*": 0}\nvalues: {"*": w4, "*.down_proj": w8}\n')
+    values = {"of": ["w4", "w8"], "group_size": 64}
+    allocation = str(tmp_path / "kinds.yaml")
+    tawny.prune(tmp_path / "model", tmp_path / "solved", allocator=allocation, values=values, **KEYS)
+    keys = {"text": tokens(8, 24), "held_out": tokens(2, 24, seed=3), "tokens": 24 * 64, "lr": 0.01}
+    tawny.recover(tmp_path / "solved", tmp_path / "model", tmp_path / "out", **keys)
+    report = tawny.export(tmp_path / "out", tmp_path / "small", "compressed-tensors")
+    assert (report.types["w4"], report.types["w8"]) == (12, 2)
+    assert torch.equal(logits(tawny.load(tmp_path / "small")), logits(tawny.load(tmp_path / "out")))
+
+
+def test_a_width_that_no_group_divides_is_not_trained_through(tmp_path):
+    model = tiny_model("llama", **{**SHAPE, "intermediate_size": 72})
+    model.save_pretrained(tmp_path / "model")
+    keys = {"text": tokens(8, 24), "held_out": tokens(2, 24, seed=3), "tokens": 24 * 8, "kl": 0}
+    with pytest.raises(UserError, match="down_proj has 72 columns") as refused:
+        tawny.recover(tmp_path / "model", None, tmp_path / "out", values="w4", control=True, **keys)
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("solver", ["magnitude", "wanda", "alps"])

@@ -20,7 +20,7 @@ from tawny.allocation.profile import LinearInfo
 from tawny.choosing.level import KINDS_TRIED, SPARSITIES, UNMEASURED, Level, Measures
 from tawny.choosing.sizes import Sizes
 from tawny.errors import ModelError
-from tawny.kinds import KINDS
+from tawny.kinds import KINDS, kind_of
 from tawny.model.checkpoint import Checkpoint
 from tawny.model.linears import is_plain
 from tawny.model.shards import SHARD_BYTES
@@ -168,7 +168,7 @@ class PackedSize(Sizes):
         rounds: float | None = None,
     ) -> int:
         numel = shape[0] * shape[1]
-        whole = format.cheaper_whole(kept / numel, kind)
+        whole = format.cheaper_whole(kept / numel, kind_of(kind))
         entry = PackedLinearEntry(
             name,
             shape,

@@ -11,7 +11,7 @@ import tawny
 from tawny.cli.console import Console
 from tawny.cli.options import RECIPE, Device, Out, RecipeFile, StartOver, option, shared
 from tawny.cli.root import verb
-from tawny.kinds import names_of, scaled_kinds
+from tawny.kinds import GPU_KINDS, names_of, scaled_kinds
 from tawny.machine import check_device
 from tawny.report.frames import Frame, Result, facts, parts
 from tawny.report.view import measurements, training_speed
@@ -39,7 +39,7 @@ class Asked:
         str | None,
         shared(
             "--values KIND",
-            f"Train through the packed format's rounding: {names_of(scaled_kinds())}.",
+            f"Train through the rounding of a packed folder ({names_of(scaled_kinds())}) or of one for GPUs ({names_of(GPU_KINDS.values())}).",
             RECIPE,
         ),
     ] = None

@@ -79,7 +79,7 @@ class PackingKinds:
 
     def pack(self, W_OI: Tensor, sparsity: float, name: str) -> PackedTensor:
         values = self.kinds.get(name, self.values)
-        whole = format.cheaper_whole(1 - sparsity, values)
+        whole = format.cheaper_whole(1 - sparsity, kind_of(values))
         with format.naming(name):
             return format.pack(W_OI, values, self.group, whole=whole)
 

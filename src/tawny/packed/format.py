@@ -146,12 +146,11 @@ class PackedTensor:
         )
 
 
-def cheaper_whole(density: float, values: str) -> bool:
+def cheaper_whole(density: float, kind: Kind) -> bool:
     """True where storing the zeros as values takes fewer bytes than a mask that says where they are.
 
     A grid without zero moves them by half a step. One in a thousand is a coincidence; more are a mask, and are kept.
     """
-    kind = KINDS[values]
     least = COINCIDENCE if kind.scaled and 0 not in kind.grid else 1 / kind.bits
     return 1 - density < least
 

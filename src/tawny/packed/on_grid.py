@@ -9,7 +9,7 @@ fits both. As in LSQ (Esser et al. 2020, 1902.08153, eq. 3), with W's gradient g
     ∂/∂V = g          beyond the grid's ends only where a step leads back
     ∂/∂e = Σ g (l(r) − r) / L        beyond the ends Σ g l(r) / L
 
-What `value` gives is what packing stores and `packed.format.scales_of` finds again, so packing changes no bit.
+What `value` gives is what packing, or an export, stores and `packed.format.scales_of` finds again, so it changes no bit.
 Shapes: O out, I in, S = ceil(I / group) scales a row, C the columns of one.
 """
 
@@ -32,7 +32,7 @@ class OnGrid:
     """
 
     def __init__(self, W_OI: Tensor, kind: Kind, group: int | None) -> None:
-        self.kind, self.group = kind, kind.span(group) or W_OI.shape[1]
+        self.kind, self.group = kind, kind.columns(W_OI.shape[1], group)
         self.whole = whole(W_OI, kind)
         scales_OS = scales_of(W_OI, kind, self.group, self.whole)
         self.grid = ScaledGrid(kind.grid, self.group)
@@ -72,4 +72,4 @@ class OnGrid:
 
 def whole(W_OI: Tensor, kind: Kind) -> bool:
     """Whether a weight is packed without a mask: then 0 is a level like the others, or there is none."""
-    return cheaper_whole(int(torch.count_nonzero(W_OI)) / W_OI.numel(), kind.name)
+    return cheaper_whole(int(torch.count_nonzero(W_OI)) / W_OI.numel(), kind)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.kinds import KINDS
+from tawny.errors import RecipeError
+from tawny.kinds import trained_kind
 from tawny.model.linears import Linear
 from tawny.packed.on_grid import OnGrid
 
@@ -60,7 +61,13 @@ class Survivors:
         stored = stored.detach()
         flat = stored.reshape(-1)
         self.grids: dict[str, OnGrid] = {}
-        few = {name: KINDS[kind] for name, kind in self.values.items() if KINDS[kind].bits < 8}
+        kinds = {name: trained_kind(kind) for name, kind in self.values.items()}
+        few = {name: kind for name, kind in kinds.items() if kind.learns}
+        for linear in linears:
+            if linear.name in few and not few[linear.name].columns(linear.shape[1], group):
+                raise RecipeError(
+                    f"{linear.name} has {linear.shape[1]} columns, which no group of {few[linear.name].name} divides: train it without values"
+                )
         if few:
             moved = stored.to(parameter.device)
             self.grids = {x.name: OnGrid(x.view(moved), few[x.name], group) for x in linears if x.name in few}
@@ -127,7 +134,7 @@ class Survivors:
             if grid is not None:
                 W_OI.copy_(grid.value(W_OI))
             elif linear.name in self.values:
-                W_OI.copy_(KINDS[self.values[linear.name]].rounded(W_OI))
+                W_OI.copy_(trained_kind(self.values[linear.name]).rounded(W_OI))
         return self._spread(self._gathered(dense))  # a grid without zero gave what was removed a level
 
     def _zeros_of_a_mask(self, linear: Linear, stored: Tensor) -> int:

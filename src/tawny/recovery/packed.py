@@ -13,7 +13,7 @@ from torch import Tensor
 from tawny.calibration.mixture import texts_identity
 from tawny.errors import RecipeError
 from tawny.evaluation.sources import reads_on
-from tawny.kinds import kind_of, solved_kind
+from tawny.kinds import kind_of, solved_kind, trained_kind
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.identity import source_identity, tensor_digest
 from tawny.model.source import load_tokenizer
@@ -46,7 +46,7 @@ def on_its_grid(settings: Recovery, folder: Path, progress: Progress) -> tuple[R
     kind, group = solved.kind, solved.group_size
     trains = kind is not None and settings.method.weights == "trained" and settings.values in (None, kind)
     # The scales of int8 in groups follow the largest weight, and are not found again once it has moved.
-    if kind is not None and trains and (kind_of(kind).bits < 8 or group is None):
+    if kind is not None and trains and (trained_kind(kind).learns or group is None):
         if settings.values is None:
             progress.say(f"training through the grid of {kind}, which {folder} was solved for")
         settings = Recovery.make(settings, values=kind, group_size=settings.group_size or group)
@@ -63,16 +63,18 @@ def _several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict
     if not solved.of or settings.method.weights != "trained" or settings.values is not None:
         return {}
     progress.say(f"training through the grids of {', '.join(solved.of)}, which {folder} was solved for")
-    return {name: kind for name, kind in kinds.items() if kind_of(kind).bits < 8 or solved.group_size is None}
+    return {
+        name: kind for name, kind in kinds.items() if trained_kind(kind).learns or solved.group_size is None
+    }
 
 
 def refuse_trained(settings: Recovery, kinds: Iterable[str], folder: Path) -> None:
-    """Raise a RecipeError for weights of other runtimes' kinds that would be trained off their grid."""
-    other = next((name for name in kinds if solved_kind(name).target != "packed"), None)
+    """Raise a RecipeError for weights of GGUF types that would be trained off their grid."""
+    other = next((name for name in kinds if solved_kind(name).target == "gguf"), None)
     if other is not None and settings.method.weights == "trained":
         kept = " or ".join(f"train={name}" for name, method in METHODS.items() if method.weights == "kept")
         raise RecipeError(
-            f"{folder} was solved for {other}, and only grids of packed folders are trained through: give {kept}"
+            f"{folder} was solved for {other}, and types of GGUF files are not trained through: give {kept}"
         )
 
 

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from tawny.calibration.mixture import OWN, parse_texts
 from tawny.checked import checked
 from tawny.errors import RecipeError
-from tawny.kinds import kind_of, scaled_kinds
+from tawny.kinds import GPU_KINDS, scaled_kinds, trained_kind
 from tawny.recipe.schema import TextNames
 from tawny.recovery.methods import METHODS, Method
 
@@ -123,17 +123,17 @@ class Recovery:
         if "batch" not in values:
             settings = dataclasses.replace(settings, batch=settings._usual_batch)
         if settings.values is not None and settings.values not in (
-            names := [kind.name for kind in scaled_kinds()]
+            names := [kind.name for kind in (*scaled_kinds(), *GPU_KINDS.values())]
         ):
             raise RecipeError(f"values: {settings.values!r} given, expected {' or '.join(map(repr, names))}")
         if settings.group_size is not None and (
-            settings.values is None or kind_of(settings.values).bits == 8
+            settings.values is None or not trained_kind(settings.values).learns
         ):
             raise RecipeError(
                 f"group_size={settings.group_size} belongs to values of few bits, such as int4, and {settings.values} was given"
             )
         if settings.values is not None:
-            kind_of(settings.values, settings.group_size)
+            trained_kind(settings.values, settings.group_size)
         method = settings.method
         trained = " or ".join(name for name, one in METHODS.items() if one.weights == "trained")
         if settings.values and method.weights != "trained":
