@@ -7,6 +7,7 @@ from typing import Any
 
 NAMES = {
     "dense": "dense",
+    "default": "`tawny prune`",
     "fast": "`tawny prune -c fast`",
     "best": "`-c fast`, blended and refined,",
     "sparsegpt": "SparseGPT, uniform",
@@ -50,6 +51,8 @@ def evidence(result: Mapping[str, Any]) -> str:
         made = f"{cell['seconds'] / 60:.0f} min" if cell["seconds"] > 30 else "–"
         if made != "–" and cell["measured"]["seconds"]["threads"] == 1:
             made += ", one thread"
+        if made != "–" and (cpu := cell["measured"]["seconds"]["cpu"]) != result["machine"]["cpu"]:
+            made += f", {cpu}"
         memory = f"{cell['peak_memory'] / 1e9:.1f} GB" if cell.get("peak_memory") else "–"
         row = [_named(name), f"{cell['bytes'] / 1e9:.2f} GB", *quality, *kl, *speeds, made, memory]
         lines.append(f"| {' | '.join(row)} |")

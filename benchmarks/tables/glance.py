@@ -18,6 +18,7 @@ _SOLVERS = {
     "sparsegpt": "SparseGPT, every block alike",
     "official-owl-sparsegpt-70": "OWL's shares and SparseGPT",
     "fast": "`tawny prune -c fast`",
+    "default": "`tawny prune`",
 }
 _SPARSITIES = (0.5, 0.6)
 
@@ -89,8 +90,9 @@ def owl(evidence: Mapping[str, Any]) -> str:
     for name, shown in _SOLVERS.items():
         row = [shown]
         for sparsity in _SPARSITIES:
-            found = cells[f"{name}:{sparsity}"]["texts"][text]
-            row += [f"{found['top1']:.1%}", times(found, dense)]
+            cell = cells.get(f"{name}:{sparsity}")
+            found = cell and cell["texts"][text]
+            row += [f"{found['top1']:.1%}", times(found, dense)] if found else ["–", "–"]
         lines.append(f"| {' | '.join(row)} |")
     return (
         "\n".join(lines)
