@@ -21,7 +21,7 @@ def experts(result: Mapping[str, Any]) -> str:
     for name, cell in cells.items():
         what, share, rest = re.fullmatch(r"(\w+):?([0-9.]*)(.*)", name).groups()  # type: ignore[union-attr]
         label = what + rest.replace(":uniform", "").replace(":", ", ")
-        if share and not rest.endswith("+refit"):  # which was taken out: docs/log/experts-refit.md
+        if share:
             rows.setdefault(label, {})[float(share)] = cell
     apart = " (its difference from reap in the same column, ± over windows)" if len(rows) > 1 else ""
     parts = [
