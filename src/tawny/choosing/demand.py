@@ -29,6 +29,7 @@ from tawny.pruning.prepare import Job, demand_of, output_count
 from tawny.run.memory import LOGIT_BYTES, Demand, Load, base_of
 from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
+from tawny.solvers.experts import ExpertSolver
 from tawny.solvers.members import MemberSolver
 
 TOGETHER = 8  # models that go through the blocks together while a fit is refined
@@ -39,11 +40,13 @@ _HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through 
 _PACKED_END = 16
 
 
-def solver_of_levels(job: Job) -> tuple[str, Solver | MemberSolver]:
+def solver_of_levels(job: Job) -> tuple[str, Solver | MemberSolver | ExpertSolver]:
     """What makes the solutions that are compared: the recipe's solver, or the one that it names as quick and alike."""
     own = job.recipe.solver.name
     if job.couplings:
         return own, job.member_solver
+    if job.mixtures:
+        return own, job.expert_solver
     quick = job.weight_solver.stand_in
     return (quick, SOLVERS[quick]()) if quick else (own, job.weight_solver)
 

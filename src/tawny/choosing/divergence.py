@@ -1,6 +1,6 @@
-"""How far a model that is put together from solutions of solving.py is from the dense one.
+"""How far a model that is put together from levels of its linears is from the dense one.
 
-A candidate costs one forward of the held-out windows: its weights are read from the disk block by block, and candidates
+A candidate costs one forward of the held-out windows: each block is set to its levels (solving.py, expert_levels.py), and candidates
 that agree on the first blocks go through them together. Memory is that of pruning: one block and hidden states.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tawny.choosing.demand import candidates_at_once
 from tawny.choosing.rehearsal import HELD_OUT
 from tawny.choosing.scores import Scores, WindowSums, mean
-from tawny.choosing.solving import LevelStore
 from tawny.choosing.space import Levels
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
@@ -62,6 +61,16 @@ def _cached(logits_TV: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, count, rows)]
 
 
+class Levelled(Protocol):
+    """What blocks are at levels of their linears."""
+
+    def of_block(
+        self, stack: Stack, index: int, linears: Sequence[Linear]
+    ) -> AbstractContextManager[Callable[[Levels], AbstractContextManager[None]]]:
+        """Inside, what was given makes the loaded block what it is at such levels, inside its own context."""
+        ...
+
+
 @dataclass
 class _Agreeing:
     """Candidates that have agreed on all blocks so far, and their hidden states, one tensor a chunk."""
@@ -81,7 +90,7 @@ class Scorer:
     def __init__(
         self,
         job: Job,
-        store: LevelStore,
+        store: Levelled,
         held_out: Samples,
         hidden: Tensor,
         progress: Progress,
@@ -200,45 +209,15 @@ class _Try(Visitor):
                 by_levels.setdefault(levels, []).append((part, members))
         self.parts = []
         done, total = 0, sum(map(len, by_levels.values()))
-        with _Assembled(block.stack, scorer.store, index, linears) as assembled:
+        with scorer.store.of_block(block.stack, index, linears) as at:
             for levels, some in by_levels.items():
-                assembled.set(levels)
                 for part, members in some:
-                    hidden = [
-                        block.stack.forward(index, one, stream.call(index, chunk))
-                        for chunk, one in enumerate(part.hidden)
-                    ]
+                    with at(levels):
+                        hidden = [
+                            block.stack.forward(index, one, stream.call(index, chunk))
+                            for chunk, one in enumerate(part.hidden)
+                        ]
                     self.parts.append(_Agreeing(members, hidden))
                     scorer.scores.tokens += stream.samples.tokens.numel()
                     done += 1
                     scorer.progress.detail(f"block {index}", done, total)
-
-
-class _Assembled:
-    """A loaded block whose linears are set to the solutions of some levels, and dense again afterwards."""
-
-    def __init__(self, stack: Stack, store: LevelStore, index: int, linears: Sequence[Linear]) -> None:
-        self.stack, self.store, self.index, self.linears = stack, store, index, linears
-        self.now: list[int | None] = [None] * len(linears)
-        self.dense: list[Tensor] = []
-
-    def __enter__(self) -> _Assembled:
-        self.store.open(self.index)
-        self.dense = [self._view(linear).clone() for linear in self.linears]
-        return self
-
-    def _view(self, linear: Linear) -> Tensor:
-        return linear.view(getattr(linear.module, linear.parameter).data)
-
-    def set(self, levels: Levels) -> None:
-        for place, (linear, level) in enumerate(zip(self.linears, levels, strict=True)):
-            if self.now[place] != level:
-                solved = self.store.read(linear, level)
-                self._view(linear).copy_(self.dense[place] if solved is None else solved)
-                self.now[place] = level
-
-    def __exit__(self, *_: object) -> None:
-        if self.stack.checkpoint is None:  # a live model goes on being used
-            for linear, dense in zip(self.linears, self.dense, strict=True):
-                self._view(linear).copy_(dense)
-        self.dense = []

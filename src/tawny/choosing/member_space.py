@@ -1,4 +1,4 @@
-"""The search space of whole members: the linears of a coupling share a level, and one level is some of its members.
+"""The search space of whole members: the linears of a coupling, or of a mixture, share a level, and one level is some of its members.
 
 Channels are many and small, heads few and large. Where heads are few, one level is one group of them. So a move may give a
 block its heads back and let channels go for them, here or elsewhere. The search decides what `whole_members` can only guess:
@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tawny.allocation.budget import whole_members
+from tawny.allocation.budget import whole_experts, whole_members
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.choosing.level import Level
 from tawny.choosing.space import Levels, Space, WeightSpace, make_space, repaired
@@ -27,10 +27,12 @@ class _Coupled:
     Attributes:
         places: of its linears.
         weight: of one member, in weights.
+        most: members that may leave.
     """
 
     places: tuple[int, ...]
     members: int
+    most: int
     weight: int
     base: int
     step: int
@@ -96,7 +98,7 @@ class MemberSpace(Space):
         owed = round(-self._beyond(own) / smallest)
         for turn, place in enumerate(fine):
             part = owed * (turn + 1) // len(fine) - owed * turn // len(fine)
-            removed[place] = min(self.units[place].members - 1, max(0, removed[place] + part))
+            removed[place] = min(self.units[place].most, max(0, removed[place] + part))
         of_unit = dict(zip(self.units, removed, strict=True))
         units = (self._unit_of[place] for place in range(len(self.linears)))
         return {x.name: of_unit[unit] / unit.members for x, unit in zip(self.linears, units, strict=True)}
@@ -171,24 +173,30 @@ SparsitySpace = WeightSpace | MemberSpace
 
 def space_of(job: Job, levels: int) -> SparsitySpace:
     """The space that a recipe's budget is moved in."""
-    if job.couplings:
-        return make_member_space(job.linears, job.recipe.sparsity, levels)
+    if job.couplings or job.mixtures:
+        return make_member_space(job.linears, job.recipe.sparsity, levels, job.limits)
     rounds = bool(job.recipe.values.names)
     return make_space(job.linears, job.pattern, job.recipe.sparsity, levels, rounds=rounds)
 
 
-def make_member_space(linears: tuple[LinearInfo, ...], target: float, levels: int) -> MemberSpace:
+def make_member_space(
+    linears: tuple[LinearInfo, ...],
+    target: float,
+    levels: int,
+    limits: Mapping[str, tuple[int, int]] | None = None,
+) -> MemberSpace:
     """Level 0 is what uniform removes; the others are spread over half of the way to 0 or 1, whichever is nearer.
 
     Args:
         linears: with their couplings.
         levels: an odd number.
+        limits: of mixtures, as of `whole_experts`.
 
     Raises:
-        RecipeError: the target would leave a coupling without members.
+        RecipeError: the target would leave a coupling without members, or a mixture fewer experts than have to stay.
     """
-    half = levels // 2
-    uniform = whole_members({x.name: target for x in linears}, Profile(linears), target)
+    half, wish, profile = levels // 2, {x.name: target for x in linears}, Profile(linears)
+    uniform = whole_experts(wish, profile, target, limits) if limits else whole_members(wish, profile, target)
     sizes = Counter({linear.coupling: 0 for linear in linears})
     for linear in linears:
         sizes[linear.coupling] += linear.numel
@@ -200,10 +208,11 @@ def make_member_space(linears: tuple[LinearInfo, ...], target: float, levels: in
     for some in places.values():
         members = linears[some[0]].members
         base = round(uniform[linears[some[0]].name] * members)
-        step = max(1, round(0.5 * min(target, 1 - target) * members / half)) if half else 1
-        low, high = -min(half, base // step), min(half, (members - 1 - base) // step)
+        once, stay = (limits or {}).get(linears[some[0]].coupling, (1, 1))
+        step = once * max(1, round(0.5 * min(target, 1 - target) * members / half / once)) if half else once
+        low, high = -min(half, base // step), min(half, (members - stay - base) // step)
         weight = sum(linears[place].numel for place in some) // members
-        units.append(_Coupled(tuple(some), members, weight, base, step, low, high))
+        units.append(_Coupled(tuple(some), members, members - stay, weight, base, step, low, high))
     low, high = min(unit.low for unit in units), max(unit.high for unit in units)
     if not (low and high):  # what one coupling gains another loses, so nothing moves
         low, high, units = 0, 0, [replace(unit, low=0, high=0) for unit in units]

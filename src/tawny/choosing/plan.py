@@ -292,7 +292,7 @@ def plan_search(
         levels={**dict(zip(("from", "to"), space.reach, strict=True)), "count": len(space.levels)},
         held_out={"windows": searched, "deciding": settings.held_out - searched, "tokens": length},
         memory=placement.told(),
-        disk={"peak": space.bytes_in(level_dtype(job.stack))},
+        disk={"peak": 0 if job.mixtures else space.bytes_in(level_dtype(job.stack))},
         seconds=rounded_seconds(seconds),
         notes=[*notices(job, load.samples * load.seqlen), *notes],
     )

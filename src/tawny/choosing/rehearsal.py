@@ -7,7 +7,7 @@ quicker solver. So what wins there need not win in a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import final
@@ -24,6 +24,7 @@ from tawny.run.journal import Journal
 from tawny.run.run import Run
 from tawny.run.walk import Advance, Block, Visitor, walk
 from tawny.solvers.base import Solver
+from tawny.solvers.experts import ExpertSolver
 from tawny.solvers.members import MemberSolver
 
 WALK = "rehearsal"
@@ -44,7 +45,10 @@ class _Steps(Silent):
 
 
 def rehearsing(
-    session: Session, samples: Samples, solver: Solver | MemberSolver | None = None, run: Run | None = None
+    session: Session,
+    samples: Samples,
+    solver: Solver | MemberSolver | ExpertSolver | None = None,
+    run: Run | None = None,
 ) -> Session:
     """The same session with a record of its own, no output, and no refining.
 
@@ -65,7 +69,12 @@ def rehearsing(
 
 
 def rehearse(
-    session: Session, allocation: Allocation, samples: Samples, held_out: Samples, name: str = "finalist"
+    session: Session,
+    allocation: Allocation,
+    samples: Samples,
+    held_out: Samples,
+    name: str = "finalist",
+    pruning: Callable[[Session, Allocation], Visitor] = Solve,
 ) -> Stream:
     """`held_out` after the last block of the model that `allocation` makes of the dense one; blocks are not refined.
 
@@ -73,6 +82,7 @@ def rehearse(
         session: its stack is dense before and after.
         samples: calibration tokens.
         name: told with every step.
+        pruning: what prunes each block.
 
     Raises:
         NumericalError: a solve or a pruned block gives NaN or infinity.
@@ -80,7 +90,7 @@ def rehearse(
     run = replace(session.run, journal=Journal(None), progress=_Steps(session.run.progress, name))
     rehearsal = rehearsing(session, samples, run=run)
     given = {**samples_of(rehearsal), HELD_OUT: held_out}
-    visitors = [Restore(session.job), Solve(rehearsal, allocation), Advance(PRUNED, HELD_OUT)]
+    visitors = [Restore(session.job), pruning(rehearsal, allocation), Advance(PRUNED, HELD_OUT)]
     try:
         streams = walk(run, session.job.stack, given, visitors, name=WALK, ends=[HELD_OUT], drop_outside=True)
         return streams[HELD_OUT]

@@ -1,6 +1,7 @@
 """`tawny search`: solve at several levels once, try allocations on held-out text, refine the best.
 
-1. One walk through the dense model: statistics, what candidates measure, every linear solved at every level (solving.py).
+1. One walk through the dense model: statistics, what candidates measure, every linear solved at every level (solving.py), or
+   the experts of every block scored (expert_levels.py).
 2. Uniform, then each candidate allocator over a grid of strengths, its defaults first (candidates.py).
 3. Switches of budget between blocks and linears, generation by generation (evolution.py).
 4. The last few and uniform on windows that took no part so far.
@@ -35,8 +36,9 @@ from tawny.allocation.profile import Allocation, Profile
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.choosing.candidates import allocators_to_try, surveyed
 from tawny.choosing.demand import SearchDemand, held_back, searched_factor, searched_windows, solver_of_levels
-from tawny.choosing.divergence import Scorer
+from tawny.choosing.divergence import Levelled, Scorer
 from tawny.choosing.evolution import Proposal, evolve
+from tawny.choosing.expert_levels import score_experts
 from tawny.choosing.member_space import SparsitySpace, space_of
 from tawny.choosing.rehearsal import rehearse
 from tawny.choosing.scores import Scores
@@ -49,12 +51,15 @@ from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
 from tawny.process_group import refuse_several
 from tawny.progress import Progress, silent
+from tawny.pruning.experts import Cut, asking_experts, check_experts
 from tawny.pruning.output import asking_output
 from tawny.pruning.prepare import Job
 from tawny.pruning.profiling import allocate
 from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
+from tawny.pruning.visitors import Solve
 from tawny.recipe.schema import Recipe
 from tawny.run.place import Workplace, place_of
+from tawny.run.walk import Visitor
 
 
 @opens_models
@@ -128,6 +133,8 @@ def _held_out(settings: SearchSettings, job: Job, tokens: TokenisedText) -> Tens
 def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
     """Steps 1 to 5: what is told of them, and the allocation."""
     job, run = session.job, session.run
+    if job.mixtures:
+        check_experts(session)
     space = space_of(job, settings.levels)
     calibration, held_out = _split(session, settings)
     samples = calibration.first(max(1, math.ceil(settings.tokens / calibration.seqlen)))
@@ -136,15 +143,24 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
     name_of_solver, solver = solver_of_levels(job)
     survey = surveyed(settings.families)
     asks = replace(session, samples=calibration)
-    with (
-        _level_store(session, space) as store,
-        asking_output(asks, searched_factor(settings, job)) as session,
-    ):
-        solved = solve_levels(
-            session, space, store, samples=samples, held_out=held_out, solver=solver, survey=survey
-        )
-        scores = Scores(None if run.journal.folder is None else store.folder / "scores.jsonl")
-        scorer = Scorer(job, store, held_out, solved.hidden, run.progress, scores)
+    with ExitStack() as leaving:
+        store = None if job.mixtures else leaving.enter_context(_level_store(session, space))
+        session = leaving.enter_context(asking_output(asks, searched_factor(settings, job)))
+        levelled: Levelled
+        pruning: Callable[[Session, Allocation], Visitor] = Solve
+        if store is None:
+            pruning = partial(Cut, answers=asking_experts(session))
+            solved, levelled = score_experts(
+                session, space, pruning, samples=samples, held_out=held_out, survey=survey
+            )
+        else:
+            levelled = store
+            solved = solve_levels(
+                session, space, store, samples=samples, held_out=held_out, solver=solver, survey=survey
+            )
+        kept = None if session.place is None or run.journal.folder is None else session.place.steps
+        scores = Scores(None if kept is None else kept / "scores.jsonl")
+        scorer = Scorer(job, levelled, held_out, solved.hidden, run.progress, scores)
         rounds = 2 + math.ceil(settings.trials / settings.offspring)
         run.progress.phase("trying allocations", rounds, "rounds")
         outcome = evolve(
@@ -158,7 +174,7 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
             seed=job.recipe.seed,
             stopped=lambda: _over(settings, run.clock.elapsed),
             step=_telling(session, settings, scores, rounds),
-            prove=partial(_prove, session, samples, scorer),
+            prove=partial(_prove, session, pruning, samples, scorer),
             finalists=settings.finalists,
         )
     repeated = repeated_tokens(held_out.seqlen, settings.repeat, begun=_begun(session))
@@ -168,7 +184,7 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
         "levels": {
             **dict(zip(("from", "to"), space.reach, strict=True)),
             "count": len(space.levels),
-            "bytes": store.bytes,
+            "bytes": 0 if store is None else store.bytes,
         },
         "held_out": {
             "windows": len(windows),
@@ -191,6 +207,7 @@ def _proposals(
 
 def _prove(
     session: Session,
+    pruning: Callable[[Session, Allocation], Visitor],
     samples: Samples,
     scorer: Scorer,
     allocations: Sequence[Allocation],
@@ -207,7 +224,7 @@ def _prove(
             known = math.inf  # a model that breaks down loses
             with suppress(NumericalError):
                 name = f"{number} of {len(allocations)}"
-                behind = rehearse(session, allocation, samples, scorer.samples(windows), name)
+                behind = rehearse(session, allocation, samples, scorer.samples(windows), name, pruning)
                 known, by_window = scorer.judge(behind, windows)
                 del behind  # its hidden states, before the next walk
             scores.prove(allocation, known, by_window)

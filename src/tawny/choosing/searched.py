@@ -263,7 +263,7 @@ def deliver_allocation(place: Workplace, tried: str, allocation: str) -> None:
 def _options(searched: Searched, job: Job) -> str:
     """What `tawny prune` has to be told beside the file. Of whole members the file's own mean: they miss the one asked for."""
     sparsity, recipe = searched.sparsity, job.recipe
-    if job.couplings:
+    if job.couplings or job.mixtures:
         removed = math.fsum(searched.allocation[x.name] * x.numel for x in job.linears)
         sparsity = removed / sum(x.numel for x in job.linears)
     words = ["-s", f"{sparsity:.6g}"]

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from tawny.checked import checked
 from tawny.errors import RecipeError, nearest
-from tawny.patterns import Blocks, Experts, Rank
+from tawny.patterns import Blocks, Rank
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 
@@ -205,9 +205,9 @@ def what_is_searched(
     if of_recipe.get("allocator") is not None:
         raise RecipeError("a search finds the allocation itself: leave the allocator out")
     recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
-    if isinstance(pattern := recipe.make_pattern(), Blocks | Experts | Rank):
+    if isinstance(pattern := recipe.make_pattern(), Blocks | Rank):
         raise RecipeError(
-            f"a search moves weights or whole members from one linear to another, and {pattern} removes neither: give this pattern "
+            f"a search moves weights, whole members or experts from one linear to another, and {pattern} removes none: give this pattern "
             "to `tawny prune`, or search with another"
         )
     if recipe.values.mean is not None:

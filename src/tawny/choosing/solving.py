@@ -9,7 +9,8 @@ before them, and a model that is put together from such solutions says little of
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, final
@@ -23,7 +24,7 @@ from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Statistics
 from tawny.choosing.level import Level
 from tawny.choosing.rehearsal import HELD_OUT, Restore, rehearsing
-from tawny.choosing.space import Space
+from tawny.choosing.space import Levels, Space
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
@@ -39,6 +40,7 @@ from tawny.pruning.session import Session
 from tawny.pruning.visitors import samples_of
 from tawny.run.walk import Advance, Block, Visitor, walk
 from tawny.solvers.base import Solver
+from tawny.solvers.experts import ExpertSolver
 from tawny.solvers.members import MemberSolver
 
 WALK = "levels"  # what the journal calls it
@@ -107,6 +109,31 @@ class LevelStore:
         entry = self._entries.get(key_of(linear, level))
         return None if entry is None or self._file is None else read_tensor(self._file, entry)
 
+    @contextmanager
+    def of_block(
+        self, stack: Stack, index: int, linears: Sequence[Linear]
+    ) -> Iterator[Callable[[Levels], AbstractContextManager[None]]]:
+        """Inside, what was given sets the linears of the loaded block to solutions of some levels; it is dense again afterwards."""
+        self.open(index)
+        now: list[int | None] = [None] * len(linears)
+        views = [linear.view(getattr(linear.module, linear.parameter).data) for linear in linears]
+        dense = [view.clone() for view in views]
+
+        def at(levels: Levels) -> AbstractContextManager[None]:
+            for place, (linear, level) in enumerate(zip(linears, levels, strict=True)):
+                if now[place] != level:
+                    solved = self.read(linear, level)
+                    views[place].copy_(dense[place] if solved is None else solved)
+                    now[place] = level
+            return nullcontext()
+
+        try:
+            yield at
+        finally:
+            if stack.checkpoint is None:  # a live model goes on being used
+                for view, before in zip(views, dense, strict=True):
+                    view.copy_(before)
+
     def _turn(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -168,7 +195,7 @@ def solve_levels(
     *,
     samples: Samples,
     held_out: Samples,
-    solver: Solver | MemberSolver | None = None,
+    solver: Solver | MemberSolver | ExpertSolver | None = None,
     survey: Survey | None = None,
     name: str = WALK,
     note: Callable[[], None] = lambda: None,
@@ -188,21 +215,40 @@ def solve_levels(
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
     """
-    job = session.job
     rehearsal = rehearsing(session, samples, solver)
+    solving = _SolveLevels(rehearsal, space, store, note)
+    return walk_dense(session, rehearsal, solving, held_out, survey, name=name, phase="solving at each level")
+
+
+def walk_dense(
+    session: Session,
+    rehearsal: Session,
+    visitor: Visitor,
+    held_out: Samples,
+    survey: Survey | None,
+    *,
+    name: str,
+    phase: str,
+) -> Solved:
+    """Let `visitor` see every block on the samples of the rehearsal, and leave it as it is to be for the next one.
+
+    Held-out windows go through the dense blocks beside it, and candidates measure what they want to know there.
+    """
+    job, samples = session.job, rehearsal.samples
+    assert samples is not None
     given = {**samples_of(rehearsal), HELD_OUT: held_out}
     profiling = None if survey is None else Profiling(job, survey, session.factors)
     if survey is not None and survey.needs != "none":
         given[PROFILED] = samples.first(profile_count(job.recipe, len(samples), samples.seqlen))
     visitors: list[Visitor] = [Restore(job), Advance(HELD_OUT), *([] if profiling is None else [profiling])]
-    visitors += [_SolveLevels(rehearsal, space, store, note), Advance(PRUNED)]
+    visitors += [visitor, Advance(PRUNED)]
     streams = walk(
         session.run,
         job.stack,
         given,
         visitors,
         name=name,
-        phase="solving at each level",
+        phase=phase,
         ends=[HELD_OUT],
         drop_outside=True,
     )

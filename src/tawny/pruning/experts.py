@@ -227,11 +227,10 @@ class Cut(Visitor):
         removed = round(self.allocation[mixture.linears[0].name] * mixture.count)
         scores_E = self.session.job.expert_solver.expert_scores(seen)
         gone = removed_experts(scores_E, removed, mixture.groups)
-        with block.run.clock("forward"), without(mixture, gone):
-            for name in block.wanted:
-                block.streams[name].advance(index)
+        with without(mixture, gone):
+            Advance(*block.streams).visit(block)
         kept = torch.tensor([expert for expert in range(mixture.count) if expert not in gone.tolist()])
-        for name in mixture.tensors:
+        for name in mixture.tensors if self.session.output is not None else ():  # a rehearsal writes nothing
             stack.stored[name] = stack.stored[name].index_select(0, kept.to(stack.stored[name].device))
         self.session.record.experts.append(
             {

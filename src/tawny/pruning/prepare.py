@@ -122,6 +122,11 @@ class Job:
         return cast(ExpertSolver, self.solver)
 
     @property
+    def limits(self) -> dict[str, tuple[int, int]]:
+        """Of each mixture, by name, how many experts leave at once, and how many stay at least."""
+        return {m.name: (m.groups, m.least) for m in self.mixtures if m is not None}
+
+    @property
     def removes_blocks(self) -> bool:
         return isinstance(self.budget_pattern, Blocks)
 

@@ -227,9 +227,8 @@ def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tupl
         if GPU_KINDS.keys() & kinds.values() and not (whole and len({*kinds.values()}) == 1):
             check_fused(job.stack, kinds)
         if job.mixtures:
-            limits = {m.name: (m.groups, m.least) for m in job.mixtures if m is not None}
             wish = job.allocator.allocate(profile, recipe.sparsity)
-            return whole_experts(wish, profile, recipe.sparsity, limits), kinds
+            return whole_experts(wish, profile, recipe.sparsity, job.limits), kinds
         return allocate(job.allocator, profile, job.budget_pattern, recipe.sparsity, warnings), kinds
     by_bits = {kind_of(name).bits: name for name in values.of}
     wish = job.allocator.allocate(profile, 1 - values.mean / max(by_bits))
