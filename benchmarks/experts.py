@@ -2,9 +2,9 @@
 
     python benchmarks/upcycle.py --out MIXTURE --text wiki
     python benchmarks/experts.py --model MIXTURE --text wiki --text PATH.txt
-    python benchmarks/experts.py … --cells reap:0.25:uniform fisher:0.25:owl channels:0.25 int8
+    python benchmarks/experts.py … --cells reap:0.25:uniform fisher:0.25:search channels:0.25 int8
 
-A cell is `SOLVER:SHARE:ALLOCATOR`; `channels:SHARE` removes channels of all experts by `obs`
+A cell is `SOLVER:SHARE:ALLOCATOR`, where `search` is what `tawny search` finds; `channels:SHARE` removes channels of all experts by `obs`
 and slims the model; `int8` and the like pack it. All are compared with the mixture, window by window, so that tables can
 say how sure a difference is. `--loops N` counts loops among so many continuations of 128 tokens. The same command goes on.
 A tiny run: `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --cells reap:0.25:uniform`.
@@ -97,7 +97,16 @@ def cell(args: Any, name: str) -> dict[str, Any]:
             shutil.rmtree(pruned)
         else:
             share, _, allocator = rest.partition(":")
-            keys |= {"solver": what, "sparsity": float(share), "allocator": allocator}
+            keys |= {"solver": what, "sparsity": float(share)}
+            if allocator == "search":
+                allocator = str(Path(scratch) / "found.yaml")
+                found = tawny.search(args.model, allocator, pattern="experts", **keys)
+                more["search"] = {
+                    "winner": found.winner,
+                    "says": found.says,
+                    "seconds": found.seconds["total"],
+                }
+            keys["allocator"] = allocator
             record = tawny.prune(args.model, folder, pattern="experts", **keys)
             went = [one["chosen"][e] for one in record.experts if one["chosen"] for e in one["removed"]]
             more["choices"] = sum(went) / max(1, sum(sum(one["chosen"]) for one in record.experts))
