@@ -315,7 +315,7 @@ def test_training_keeps_members_zero_so_that_slim_cuts_as_much(dense, tmp_path):
 
 def test_what_cannot_spend_a_budget_in_a_pattern_says_so_in_one_line(dense, tmp_path, run):
     for verb, more, said in (
-        ("search", ["-s", 0.5, "-p", "blocks"], "blocks removes neither"),
+        ("search", ["-s", 0.5, "-p", "blocks"], "blocks removes none"),
         ("fit", ["--size", "1MB", "-o", "pattern=channels"], "a fit chooses -o pattern itself"),
     ):
         code, _, err = run(verb, dense, "--out", tmp_path / "found.yaml", *more)
