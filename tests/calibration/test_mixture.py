@@ -281,7 +281,7 @@ def test_a_single_token_attends_by_plain_products_as_by_torchs_own(monkeypatch, 
     assert set(queries) == {1, 6}
     queries.clear()
     with writing._heads_grouped():
-        torch.testing.assert_close(logits(), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits(), whole, rtol=1e-3, atol=1e-4)
         assert (logits(torch.bfloat16) - whole).norm() < 1.5 * (half - whole).norm()
     assert set(queries) == {6}
     logits()
