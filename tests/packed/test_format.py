@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tawny import kinds
@@ -152,6 +152,21 @@ def test_a_weight_that_lies_on_the_grid_is_packed_exactly(values, group):
             found = unpack(pack(stored, values, group, whole))
             assert torch.equal(found.to(stored.dtype), stored)
             assert torch.equal(found, W) or stored is not W
+
+
+@settings(max_examples=60, deadline=None)
+@given(top=st.integers(1, 127), scale=st.sampled_from([2**-7, 0.0288, 0.37]), seed=st.integers(0, 10**6))
+@example(top=16, scale=0.0288, seed=0)
+def test_the_scales_of_eight_bits_for_gpus_are_found_whatever_the_highest_level(top, scale, seed):
+    """Where it is 64 or a part of it, twice the levels reach 64 and no further: 128 is there with one sign only."""
+    generator = torch.Generator().manual_seed(seed)
+    tops = torch.tensor([127, 127, 127, top])[:, None]  # as most groups of a solved weight are
+    q_GJ = (torch.rand(4, 64, generator=generator) * (2 * tops + 1)).floor() - tops
+    q_GJ[:, :2] = torch.cat([tops, -tops], 1)
+    W = (q_GJ * torch.tensor(scale).bfloat16().float()).bfloat16()
+    kind = kinds.GPU_KINDS["w8"]
+    scales = format.scales_of(W, kind, 64, whole=True)
+    assert same_bits((kind.round(W.float(), scales) * scales).bfloat16(), W)
 
 
 @pytest.mark.parametrize("group", [None, 128])

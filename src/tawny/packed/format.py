@@ -318,8 +318,9 @@ def _tries(kind: Kind) -> list[_Try]:
     eight-bit values are long, and the largest weight is not far from their last level.
     """
     if kind.bits == 8:
-        # The sign of the scale is free, so one of two opposite levels is enough.
-        ends = [level for level in kind.grid if abs(level) > kind.largest // 2]
+        # A group of low levels has those of twice the height, too, at half the scale: up to half of the largest level, which
+        # counts, as the only level of that size may be negative. The sign of the scale is free: one of two opposite ones will do.
+        ends = [level for level in kind.grid if 2 * abs(level) >= kind.largest]
         levels = sorted((x for x in ends if x > 0 or -x not in kind.grid), key=abs, reverse=True)
         return [(True, neighbour, level) for neighbour in (0, -1, 1) for level in levels]
     levels = sorted(filter(None, kind.grid), key=abs, reverse=True)
