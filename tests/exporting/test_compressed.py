@@ -171,7 +171,7 @@ def test_a_recovery_keeps_each_linear_on_the_grid_that_a_fit_chose_for_it(tmp_pa
     values = {"of": ["w4", "w8"], "group_size": 64}
     allocation = str(tmp_path / "kinds.yaml")
     tawny.prune(tmp_path / "model", tmp_path / "solved", allocator=allocation, values=values, **KEYS)
-    keys = {"text": tokens(8, 24), "held_out": tokens(2, 24, seed=3), "tokens": 24 * 64, "lr": 1e-3}
+    keys = {"text": tokens(8, 24), "held_out": tokens(2, 24, seed=3), "tokens": 24 * 64, "lr": 0.01}
     tawny.recover(tmp_path / "solved", tmp_path / "model", tmp_path / "out", **keys)
     report = tawny.export(tmp_path / "out", tmp_path / "small", "compressed-tensors")
     assert (report.types["w4"], report.types["w8"]) == (12, 2)
