@@ -102,9 +102,10 @@ def test_padding_feels_nothing_and_is_not_counted():
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
     mask[1, 7:] = 0
     padded = factors_of(tiny_model("llama"), Samples(ids, mask))
-    for factor in padded.values():
+    for name, factor in padded.items():
         # A first token attends to itself alone: the gradient of its query is nothing, or rounding.
-        assert 17 <= factor.tokens <= 19 and factor.mean > 0
+        least = 17 if name.endswith("q_proj") else 19
+        assert least <= factor.tokens <= 19 and factor.mean > 0
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -208,8 +208,8 @@ def test_outputs_that_are_felt_alike_are_as_if_nothing_was_known(size: float) ->
     for pattern in (MATRIX, NM(2, 4)):
         wanted = Alps().solve(W, statistics, pattern, 0.6)
         found = Alps().solve(W, statistics, pattern, 0.6, output=G)
-        assert int((found.mask != wanted.mask).sum()) <= 0.05 * W.numel()
-        # A handful of masks differ by the CPU's order of sums, and with them the loss.
+        assert int((found.mask != wanted.mask).sum()) <= 0.03 * W.numel()
+        # Two local optima: which one is found depends on the CPU's order of sums.
         assert found.lost == pytest.approx(wanted.lost, rel=0.1)
 
 
