@@ -184,7 +184,7 @@ def whole_experts(
     if not any(removed.values()):
         step, every = max((limits[unit.name][0], unit.members) for unit in units)
         raise RecipeError(
-            f"sparsity {target:g} removes no whole expert: of {every} experts {step} leave at once, so give {step / every:.4g} or more"
+            f"sparsity {target:g} removes no whole expert: the least is {step} of {every}, so give {step / every:.4g} or more"
         )
     members = {unit.name: unit.members for unit in units}
     return {x.name: removed[x.coupling] / members[x.coupling] for x in profile.linears}
