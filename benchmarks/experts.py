@@ -6,7 +6,9 @@
 
 A cell is `SOLVER:SHARE:ALLOCATOR`, where `search` is what `tawny search` finds; `channels:SHARE` removes channels of all experts by `obs`
 and slims the model; `int8` and the like pack it. All are compared with the mixture, window by window, so that tables can
-say how sure a difference is. `--loops N` counts loops among so many continuations of 128 tokens. The same command goes on.
+say how sure a difference is. `--seeds 0 1 2` adds cells `…@1` and `…@2`, calibrated on other samples. `--loops N` counts loops
+among so many continuations of 128 tokens. `--speed` measures only how fast some of them decode, in turns: give it an
+idle machine. The same command goes on.
 A tiny run: `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --cells reap:0.25:uniform`.
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 
 from cells import parser_for
 from frontier import fill
-from harness import begun, measured
+from harness import begun, keep, measured
 
 import tawny
 from tawny.evaluation.perplexity import windows_of
@@ -35,18 +37,19 @@ CELLS = [
     *(f"channels:{share}" for share in SHARES),
     "int8",
 ]
+FAST = ["reap:0.25:uniform", "reap:0.5:uniform", "channels:0.5"]
 TOKENS = 128  # of a continuation
-SKIP = (
-    64  # windows of the calibration text, before those that are calibrated on: models are judged on the first
-)
+# Windows of the calibration text, before those that are calibrated on: models are judged on the first.
+SKIP = 64
 
 
 def main() -> None:
     parser = parser_for(__doc__, "experts.json")
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument(
-        "--loops", type=int, default=0, help="continuations; only the shares 0.25 and 0.5 of `uniform`"
+        "--loops", type=int, default=0, help="continuations; only the shares 0.25 and 0.5 of the first seed"
     )
+    parser.add_argument("--speed", action="store_true")
     parser.set_defaults(samples=16, seqlen=512, eval_seqlen=512)
     args = parser.parse_args()
     setting = {
@@ -60,7 +63,10 @@ def main() -> None:
         return windows_of(text, seqlen, first + count, None, tokenizer).ids[first:]
 
     args.ids = {Path(text).name: windows(text, args.eval_seqlen, 0, args.windows) for text in args.text}
-    args.calibrated = windows(args.calibration, args.seqlen, SKIP, args.samples)
+    args.calibrated = {
+        seed: windows(args.calibration, args.seqlen, SKIP + seed * args.samples, args.samples)
+        for seed in args.seeds
+    }
     results = begun(args.results, setting, cells={}, source={})
     if not results["source"]:
         results["source"] = {
@@ -68,51 +74,63 @@ def main() -> None:
             "texts": judged(Path(args.model), "smollm2", args),
             "loops": looped(Path(args.model), args),
         }
-    fill(args, results, args.cells, lambda name: cell(args, name))
+    if args.speed:
+        results["speed"] = speeds(args)
+        keep(args.results, results)
+        return
+    names = [name if seed == 0 else f"{name}@{seed}" for seed in args.seeds for name in args.cells]
+    fill(args, results, names, lambda name: cell(args, name))
+
+
+def made(args: Any, name: str, folder: Path) -> dict[str, Any]:
+    """Write the checkpoint of a cell, and say what the run says about it."""
+    name, _, seed = name.partition("@")
+    what, _, rest = name.partition(":")
+    keys: dict[str, Any] = {"calibration": args.calibrated[int(seed or 0)], "seed": int(seed or 0)}
+    more: dict[str, Any] = {}
+    if not rest:
+        tawny.pack(args.model, folder, values=what)
+    elif what == "channels":
+        pruned = folder.with_name("pruned")
+        tawny.prune(
+            args.model,
+            pruned,
+            pattern="channels",
+            solver="obs",
+            allocator="uniform",
+            sparsity=float(rest),
+            include=["*.experts.*"],  # not of the shared expert
+            **keys,
+        )
+        tawny.slim(pruned, folder)
+        shutil.rmtree(pruned)
+    else:
+        share, _, allocator = rest.partition(":")
+        keys |= {"solver": what, "sparsity": float(share)}
+        if allocator == "search":
+            allocator = str(folder.with_name("found.yaml"))
+            found = tawny.search(args.model, allocator, pattern="experts", **keys)
+            more["search"] = {
+                "winner": found.winner,
+                "says": found.says,
+                "seconds": found.seconds["total"],
+            }
+        keys["allocator"] = allocator
+        record = tawny.prune(args.model, folder, pattern="experts", **keys)
+        went = [one["chosen"][e] for one in record.experts if one["chosen"] for e in one["removed"]]
+        more["choices"] = sum(went) / max(1, sum(sum(one["chosen"]) for one in record.experts))
+    return more
 
 
 def cell(args: Any, name: str) -> dict[str, Any]:
     """One row."""
     begin = time.perf_counter()
-    what, _, rest = name.partition(":")
-    more: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="tawny-experts-") as scratch:
         folder = Path(scratch) / "out"
-        keys: dict[str, Any] = {"calibration": args.calibrated}
-        if not rest:
-            tawny.pack(args.model, folder, values=what)
-        elif what == "channels":
-            pruned = Path(scratch) / "pruned"
-            tawny.prune(
-                args.model,
-                pruned,
-                pattern="channels",
-                solver="obs",
-                allocator="uniform",
-                sparsity=float(rest),
-                include=["*.experts.*"],  # not of the shared expert
-                **keys,
-            )
-            tawny.slim(pruned, folder)
-            shutil.rmtree(pruned)
-        else:
-            share, _, allocator = rest.partition(":")
-            keys |= {"solver": what, "sparsity": float(share)}
-            if allocator == "search":
-                allocator = str(Path(scratch) / "found.yaml")
-                found = tawny.search(args.model, allocator, pattern="experts", **keys)
-                more["search"] = {
-                    "winner": found.winner,
-                    "says": found.says,
-                    "seconds": found.seconds["total"],
-                }
-            keys["allocator"] = allocator
-            record = tawny.prune(args.model, folder, pattern="experts", **keys)
-            went = [one["chosen"][e] for one in record.experts if one["chosen"] for e in one["removed"]]
-            more["choices"] = sum(went) / max(1, sum(sum(one["chosen"]) for one in record.experts))
+        more = made(args, name, folder)
         seconds = time.perf_counter() - begin
         texts = judged(folder, args.model, args)
-        wants_loops = rest in ("0.25:uniform", "0.5:uniform")
+        wants_loops = name.split(":")[1:2] in (["0.25"], ["0.5"]) and "@" not in name
         return {
             "bytes": file_bytes(folder),
             "seconds": seconds,
@@ -121,6 +139,24 @@ def cell(args: Any, name: str) -> dict[str, Any]:
             **more,
             **measured(),
         }
+
+
+def speeds(args: Any) -> dict[str, Any]:
+    """Tokens a second of some checkpoints in int8, each measured so many times in turns."""
+    with tempfile.TemporaryDirectory(prefix="tawny-experts-") as scratch:
+        folders = {"whole": Path(args.model)}
+        for name in FAST:
+            folders[name] = Path(scratch) / name.replace(":", "-") / "out"
+            folders[name].parent.mkdir()
+            made(args, name, folders[name])
+        packed = {name: Path(scratch) / f"{name.replace(':', '-')}-int8" for name in folders}
+        for name, folder in folders.items():
+            tawny.pack(folder, packed[name], values="int8")
+        rates: dict[str, list[float]] = {name: [] for name in packed}
+        for _, name in itertools.product(range(3), packed):
+            rates[name].append(tawny.bench(packed[name], tokens=64, rounds=3).decode_tokens_per_second)
+        sizes = {name: file_bytes(folder) for name, folder in packed.items()}
+        return {"rates": rates, "bytes": sizes, **measured()}
 
 
 def judged(model: Path, against: str, args: Any) -> dict[str, Any]:
