@@ -21,12 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tawny.calibration.gram import add_squares, mirrored
 from tawny.calibration.products import ExpertProducts, Fused, first_argument
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Stream
 from tawny.model.structure import TOKENS
-from tawny.precision import bfloat16_products
 
 Factor = Literal["none", "rows", "whole"]
 FACTORS: tuple[Factor, ...] = ("none", "rows", "whole")  # each holds what the ones before it tell
@@ -95,33 +95,29 @@ class OutputAccumulator:
 
     def __init__(self, out: int, factor: Factor, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
-        self._diagonal_O = torch.zeros(out, dtype=torch.float64, device=device)
         self._places = diagonal_blocks(out) if factor == "whole" else []
-        sizes = [rows.stop - rows.start for rows in self._places]
-        self._blocks = [torch.zeros(size, size, dtype=torch.float64, device=device) for size in sizes]
+        shapes: list[tuple[int, ...]] = [(rows.stop - rows.start,) * 2 for rows in self._places] or [(out,)]
+        self.sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
+        """The blocks, or the diagonal where it is enough: what several processes add up."""
 
     def add(self, g_TO: Tensor, _x_TI: Tensor | None = None) -> None:
         """Gradients `[tokens, out]` of any float dtype."""
         self.tokens += len(g_TO)
-        self._diagonal_O += torch.linalg.vector_norm(g_TO, dim=0, dtype=torch.float32).double().square()
         if not self._places:
+            self.sums[0] += g_TO.to(torch.float32).square().sum(0)  # a tenth of the time of `vector_norm`
             return
-        g = g_TO.to(torch.float32)
-        with bfloat16_products(g_TO.dtype == torch.bfloat16):
-            for rows, G_RR in zip(self._places, self._blocks, strict=True):
-                G_RR += g[:, rows].T @ g[:, rows]
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """What several processes add up."""
-        return [self._diagonal_O, *self._blocks]
+        for rows, G_RR in zip(self._places, self.sums, strict=True):
+            add_squares(G_RR, g_TO[:, rows])
 
     def finish(self) -> OutputFactor:
         """Means over the tokens; nothing can be added any more."""
-        tokens, blocks = max(self.tokens, 1), []
-        while self._blocks:  # one after another: they are large
-            blocks.append(self._blocks.pop(0).div_(tokens).float())
-        return OutputFactor(self.tokens, (self._diagonal_O / tokens).float(), tuple(blocks))
+        means = []
+        while self.sums:  # one after another: they are large
+            means.append(self.sums.pop(0).div_(max(self.tokens, 1)).float())
+        if not self._places:
+            return OutputFactor(self.tokens, means[0])
+        blocks = tuple(map(mirrored, means))
+        return OutputFactor(self.tokens, torch.cat([G_RR.diagonal() for G_RR in blocks]), blocks)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tawny.calibration.gram import add_squares, mirrored
 from tawny.calibration.output import OutputFactor
-from tawny.precision import bfloat16_products
 
 Needs = Literal["none", "norms", "moments", "hessian"]
 _RISING: tuple[Needs, ...] = ("none", "norms", "moments", "hessian")
@@ -30,8 +30,6 @@ def most(wanted: Iterable[Needs]) -> Needs:
     return max(wanted, key=_RISING.index, default="none")
 
 
-# Below this width the Hessian is one product; above, only its upper panels are computed and mirrored at the end.
-_PANEL = 512
 EXACT_WIDTH = 8192
 
 
@@ -81,10 +79,7 @@ class Accumulator:
         )
 
     def add(self, x_TI: Tensor) -> None:
-        """Tokens `[tokens, in]` of any float dtype; squares and products of a chunk are taken and summed in float32.
-
-        Products of bfloat16 inputs are exact in float32, so the hardware's own for bfloat16 do where there are some.
-        """
+        """Tokens `[tokens, in]` of any float dtype; squares and products of a chunk are taken and summed in float32."""
         x = x_TI.to(torch.float32)
         self.tokens += x.shape[0]
         if self._sums_I is not None:
@@ -92,16 +87,7 @@ class Accumulator:
         if self._hessian_II is None:
             self._norms_I += x.square().sum(0)
             return
-        width = x.shape[1]
-        step = _PANEL if width >= 2 * _PANEL else width
-        with bfloat16_products(x_TI.dtype == torch.bfloat16):
-            for start in range(0, width, step):
-                rows = slice(start, min(start + step, width))
-                panel = self._hessian_II[rows, start:]
-                if panel.dtype == x.dtype:
-                    panel.addmm_(x[:, rows].T, x[:, start:])
-                else:
-                    panel += x[:, rows].T @ x[:, start:]
+        add_squares(self._hessian_II, x_TI)
 
     def finish(self, exact: bool = False) -> Statistics:
         """What was seen; nothing can be added any more.
@@ -111,9 +97,9 @@ class Accumulator:
         """
         if self._hessian_II is None:
             return Statistics(self.tokens, self._norms_I, sums=self._sums_I)
-        H_II = self._hessian_II.triu_()
+        H_II = self._hessian_II
+        self._hessian_II = None
         if not exact:
             H_II = H_II.float()
-        self._hessian_II = None
-        H_II += H_II.triu(1).T
+        mirrored(H_II)
         return Statistics(self.tokens, H_II.diagonal().double(), H_II, self._sums_I)
