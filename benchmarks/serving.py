@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from decode import SHAPES, TINY, Cell, random_model, real_folder
-from harness import keep, parser_of, spread
+from harness import keep, measured, parser_of, spread
 from turns import Child
 
 CELLS = {
@@ -288,7 +288,9 @@ def main() -> None:
     if options.quick:
         options.tokens, options.rounds, options.prompt = 8, 1, 64
     from tawny.kernels.native import kernel_name
+    from tawny.machine import cpu_name
 
+    about = measured(threads=options.threads, cpu=f"{cpu_name()}, kernels {kernel_name()}")
     with tempfile.TemporaryDirectory(prefix="tawny-serving-") as temporary:
         folder = options.folder or Path(temporary)
         for shape in ["quick"] if options.quick else options.shape or ["smollm2", "1.1b"]:
@@ -300,14 +302,13 @@ def main() -> None:
             show(rows)
             if options.quick:
                 continue
-            if options.results.exists():  # what was not measured now stays, with its own machine and date
-                before = json.loads(options.results.read_text())
-                about = {"cpu": before["machine"]["cpu"], "date": before["date"]}
-                keys = ("shape", "variant", "requests")
+            rows = [row | about for row in rows]
+            if options.results.exists():  # what was not measured now stays
+                keys = ("cpu", "shape", "variant", "requests")
                 made = {tuple(row[key] for key in keys) for row in rows}
-                kept = [row for row in before["measurements"] if tuple(row[key] for key in keys) not in made]
-                rows += [{"measured": about} | row for row in kept]
-            keep(options.results, {"kernel": kernel_name(), "measurements": rows})
+                kept = json.loads(options.results.read_text())["measurements"]
+                rows += [row for row in kept if tuple(row[key] for key in keys) not in made]
+            keep(options.results, {"measurements": rows})
 
 
 if __name__ == "__main__":

@@ -289,13 +289,12 @@ def serving(result: Mapping[str, Any]) -> str:
     """Served and bare tokens a second by the number of requests, and the time to a first token."""
     lines, groups = [], {}
     for row in result["measurements"]:
-        date = row.get("measured", result)["date"]
-        groups.setdefault((row["shape"], date), []).append(row)
-    for (shape, date), rows in groups.items():
+        groups.setdefault((row["shape"], row["cpu"], row["date"]), []).append(row)
+    for (shape, cpu, date), rows in groups.items():
         first = rows[0]
         prompt = first.get("prompt", 512)
         lines += [
-            f"{SHAPE_NAMES[shape]}, {first['threads']} threads, medians of {first['rounds']} rounds, {date}:\n",
+            f"{SHAPE_NAMES[shape]}, {first['threads']} threads, {cpu}, medians of {first['rounds']} rounds, {date}:\n",
             f"| | requests | served, tokens/s | without HTTP | × one request | first token of {prompt:,} | again |",
             "|---|---|---|---|---|---|---|",
         ]
@@ -314,7 +313,6 @@ def serving(result: Mapping[str, Any]) -> str:
                 f"| {served / rate[name, 1]:.2f} {waits}"
             )
         lines.append("")
-    lines.append(f"<sub>{result['machine']['cpu']}, kernel {result['kernel']}.</sub>\n")
     return "\n".join(lines)
 
 
