@@ -3,10 +3,14 @@
     python benchmarks/few_bits_speed.py              # 1.1b and 7b
     python benchmarks/few_bits_speed.py --shape 1.1b
     python benchmarks/few_bits_speed.py --quick      # a tiny shape, nothing kept
+    TAWNY_CPU=kernel=avx2 python benchmarks/few_bits_speed.py --llama AVX2/bin/llama-bench
 
-Needs `make llama`. Every model lives in a process of its own and waits for its turn, so that a change of clock falls on all
-of them. Ours are solved for no data: speed does not depend on values. K-quants are blocks of random bytes with small scales,
-in the mixture that llama.cpp's own quantiser chooses. The file holds the last run of each shape on each CPU.
+Needs `make llama`. A lesser CPU is imitated by TAWNY_CPU and by a llama-bench built for it. Prompts need torch kept from
+what that CPU lacks, too: ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2 and MKL_ENABLE_INSTRUCTIONS=AVX2.
+
+Every model lives in a process of its own and waits for its turn, so that a change of clock falls on all of them. Ours are
+solved for no data: speed does not depend on values. K-quants are blocks of random bytes with small scales, in the mixture
+that llama.cpp's own quantiser chooses. The file holds the last run of each shape on each CPU.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ def ours(kind: str, shape: str, threads: int) -> Iterator[Any]:
     yield from of_model(model, prompt, tokens)
 
 
-def compare(names: list[str], shape: str, threads: int) -> list[dict[str, Any]]:
+def compare(names: list[str], shape: str, threads: int, llama: Path) -> list[dict[str, Any]]:
     """All of `names`, in turn."""
     prompt, tokens, rounds = EFFORT[shape]
     turns: dict[str, Callable[[], Sequence[float]]] = {}
@@ -60,7 +64,7 @@ def compare(names: list[str], shape: str, threads: int) -> list[dict[str, Any]]:
             if name in THEIRS:
                 path = folder / f"{name}.gguf"
                 write_gguf(path, SHAPES[shape], name)
-                turns[name] = partial(LlamaBench(program("bench"), path).turn, prompt, tokens, threads)
+                turns[name] = partial(LlamaBench(llama, path).turn, prompt, tokens, threads)
                 sizes[name] = path.stat().st_size
             else:
                 own = ("--child", name, "--shape", shape, "--threads", threads)
@@ -84,6 +88,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", choices=list(EFFORT))
     parser.add_argument("--names", nargs="+", default=[*THEIRS, *OURS])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--llama", type=Path, help="llama-bench for the instructions that TAWNY_CPU leaves")
     parser.add_argument("--quick", action="store_true", help="a tiny shape; nothing is kept")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -94,7 +99,7 @@ def main() -> None:
 
     cpu = f"{cpu_name()}, kernels {kernel_name()}"
     for shape in ["quick"] if args.quick else args.shape or ["1.1b", "7b"]:
-        rows = compare(args.names, shape, args.threads)
+        rows = compare(args.names, shape, args.threads, args.llama or program("bench"))
         if args.quick:
             continue
         kept = json.loads(args.results.read_text()) if args.results.exists() else {"rows": []}
