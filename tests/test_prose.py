@@ -101,6 +101,14 @@ def unpruned(name):
     return np.array(re.findall(r"dense \*\*([\d.]+)", page(f"docs/results/{name}.md")), float)
 
 
+def beside(ours, theirs, cpu, key="decode"):
+    """How many times as fast our whole rows of a kind are as a type of llama.cpp, of each shape on CPUs of that name."""
+    rows = result("few_bits_speed")["rows"]
+    speed = {(row["cpu"], row["shape"], row["name"]): row[f"{key}_tokens_per_second"] for row in rows}
+    places = [place for place in speed if re.search(cpu, place[0]) and re.fullmatch(rf"{ours}:\d+:0", place[2])]
+    return [speed[place] / speed[(*place[:2], theirs)] for place in places if (*place[:2], theirs) in speed]
+
+
 @cache
 def quotes():
     """By page, what its text must say, `#` for each number. A quote without numbers must be true."""
@@ -119,8 +127,6 @@ def quotes():
     by = {name: table("allocators", name, r"\w+ . \d+%") for name in ("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "blend", "auto")}
     papers = np.array([by[name][:18] for name in by if name not in ("uniform", "blend", "auto")])
     lost = {solver: {name: table("encoders", solver, rf"\d+% . {name} ") for name in ("uniform", "er", "er-plus", "global", "owl", "alpha", "atp")} for solver in ("magnitude", "wanda", "sparsegpt", "alps")}
-    other = {some: table("llama-cpp", some, "Tawny (?!.*zeros)") for some in ("× Q4_0", "prefill of 512, tokens/s")}
-    reads = other["prefill of 512, tokens/s"] / np.repeat(table("llama-cpp", "prefill of 512, tokens/s", "llama.cpp Q4_0"), [3, 3, 3, 2, 1])
     recipe = {name: np.array([table("recipes", f"{some}%", rf"{name} . [\d,]+\.") for some in (50, 60, 70)]) for name in (OWL, "fast", "fast, blended and refined")}
     took = {name: np.array([table("recipes", f"{some}%", rf"{name}, Intel")[0] for some in (50, 60, 70)]) for name in recipe}
     lower, refined = less(recipe["fast"], recipe[OWL]), less(recipe["fast, blended and refined"], recipe["fast"])
@@ -128,7 +134,8 @@ def quotes():
     slim, whole = (result("structured_qwen")["speed"]["models"][some]["tokens_per_second"] for some in ("slim", "dense"))
     slimmer = {some: (members("obs", some) / unpruned("structured")).reshape(2, 2) for some in (20, 30)}
     auto, same = ([result("structured")["cells"][f"allocator={some} pattern=channels+heads seed=0 solver=obs sparsity=0.4"]["evaluation"][text]["perplexity"] for text in BOTH] for some in ("auto", "uniform"))
-    served = {(row["shape"], row["variant"], row["requests"]): row["served_tokens_per_second"] for row in result("serving")["measurements"] if "served_tokens_per_second" in row}
+    served = {(row["cpu"].split()[0], row["shape"], row["variant"], row["requests"]): row["served_tokens_per_second"] for row in result("serving")["measurements"]}
+    peer = {(cpu, count): [served[(cpu, "1.1b", own, count)] / served[(cpu, "1.1b", f"llama.cpp {other}", count)] for own, other in (("int4", "Q4_0"), ("int3", "Q3_K_M"))] for cpu in ("AMD", "Intel(R)") for count in (1, 8)}
     top1 = [100 * cell(q, name, "top1") for name in fit]
     return {
         "README.md": {
@@ -187,9 +194,10 @@ def quotes():
             "`--bits 5` reads them # % slower than Q4_K_M, `--bits 4.13` # % slower than Q3_K_M, and `--bits 3.38` # % faster": abs(100 - 100 * prefill),
         },
         "docs/results/llama-cpp.md": {
-            "our files without zeros decode # to # times as fast as Q4_0": ends(other["× Q4_0"][6:]),
-            "`int4` decodes # to # times as fast as Q4_0, and `int3` # to # times": (ends(other["× Q4_0"][[0, 1, 3, 4]]), ends(other["× Q4_0"][[2, 5]])),
-            "they read prompts # to # times as fast as Q4_0 on the CPU with AVX-512, and # to # % slower": (ends(reads[6:]), ends(100 - 100 * reads[:3])),
+            "With AVX-512 `int4` decodes # to # times as fast as Q4_0, and `int3` # and # times as fast as Q3_K_M": (ends(beside("int4", "Q4_0", "avx512vbmi2$")), beside("int3", "Q3_K_M", "avx512vbmi2$")),
+            "With AVX-VNNI they are # to # and # times as fast": (ends(beside("int4", "Q4_0", "avxvnni")), *beside("int3", "Q3_K_M", "avxvnni")),
+            "With AVX2 alone `int4` decodes # to # times as fast as Q4_0 on the shape of 1.1B, and # times on 7B. `int3` is # and # times as fast as Q3_K_M": (ends(beside("int4", "Q4_0", "AMD")), *beside("int4", "Q4_0", "Intel.*avx2$"), beside("int3", "Q3_K_M", "AMD")),
+            "They read prompts # to # times as fast as Q4_0 with AVX-512, # to # times with AVX-VNNI, and # to # times with AVX2": [ends(beside("int.", "Q4_0", cpu, "prefill")) for cpu in ("avx512vbmi2$", "avxvnni$", "avx2$")],
         },
         "docs/results/one-linear.md": {
             "packed bf16 reaches # to # % of what memory streams": ends(table("one-linear", "of the limit", "[567]0%")),
@@ -238,10 +246,11 @@ def quotes():
             "leaves # to # times the dense perplexity. The same tokens bring it to # to # times": [ends(mixed(f"mixed 0.7 {some}")) for some in ("one-shot 0 0", "distill 0.5 100000")],
         },
         "docs/results/serving.md": {
-            "Eight requests get # to # times the tokens of one": ends([count / served[(shape, name, 1)] for (shape, name, requests), count in served.items() if requests == 8 and "llama" not in name]),
+            "Eight requests get # to # times the tokens of one": ends([count / served[(*place, name, 1)] for (*place, name, requests), count in served.items() if requests == 8 and "llama" not in name]),
             "its first token takes # to # s instead of # to # s": [ends(np.concatenate([table("serving", some, "(?!llama).* 1 ") for some in columns])) for columns in (["again"], ["first token of 512", "first token of 2,000"])],
-            "# tokens/s where `int4` has #": [served[("1.1b", some, 1)] for some in ("llama.cpp Q4_0", "int4")],
-            "`int4` makes # times as many as Q4_0, and `int3` # times as many as Q3_K_M": [served[("1.1b", some, 8)] / served[("1.1b", f"llama.cpp {llama}", 8)] for some, llama in (("int4", "Q4_0"), ("int3", "Q3_K_M"))],
+            "# tokens/s where `int4` has #": [served[("AMD", "1.1b", some, 1)] for some in ("llama.cpp Q4_0", "int4")],
+            "`int4` makes # times as many as Q4_0, and `int3` # times as many as Q3_K_M": peer["AMD", 8],
+            "eight requests get # times the tokens of Q4_0 from `int4`, and # times those of Q3_K_M from `int3`. One request gets # and # times": peer["Intel(R)", 8] + peer["Intel(R)", 1],
         },
         "docs/results/solvers.md": {
             "ALPS has the lowest perplexity of all that are not refined**, but for WikiText-2 at 50 %, where refitted RIA is": np.equal([table("solvers", f"{some}%", r"\w+( . refit)? \| .*±").reshape(2, 7).argmin(1) for some in (50, 60, 70)], [[6, 3], [6, 6], [6, 6]]),
