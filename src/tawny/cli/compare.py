@@ -11,7 +11,7 @@ import typer
 import tawny
 from tawny.cli.common import check_file
 from tawny.cli.console import Console
-from tawny.cli.eval_ import DEFAULT_TEXT, TEXT, Asked
+from tawny.cli.eval_ import DEFAULT_TEXT, TEXT, EvaluationOptions
 from tawny.cli.options import OUTPUT, Threads, option, path_named
 from tawny.cli.root import verb
 from tawny.report.comparison import caption, compared, failures, to_html, to_markdown, write
@@ -34,7 +34,7 @@ def compare(
     ],
     console: Console,
     *,
-    asked: Asked,
+    asked: EvaluationOptions,
     text: str | None = option(
         "--text TEXT",
         "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, images:DIR, sample, or none. "

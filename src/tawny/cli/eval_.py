@@ -35,7 +35,7 @@ def _expanded(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationOptions:
     """What `eval` and `compare` ask alike of a model."""
 
     bos: Annotated[
@@ -150,7 +150,7 @@ def eval_(
     strict: bool = option(
         "--strict", "Refuse a picture that cannot be read instead of skipping it.", TEXT, default=False
     ),
-    asked: Asked,
+    asked: EvaluationOptions,
 ) -> None:
     """Perplexity of MODEL on a text, its distance from a dense model there, and its zero-shot accuracy.
 

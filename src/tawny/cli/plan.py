@@ -8,7 +8,7 @@ import tawny
 from tawny.cli.console import Console
 from tawny.cli.options import Aim, Memory, Model
 from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
-from tawny.cli.recover import Asked, DenseModel, Pruned
+from tawny.cli.recover import DenseModel, Pruned, TrainingOptions
 from tawny.cli.root import app, verb
 from tawny.cli.search import Trying, levels_and_windows
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
@@ -69,7 +69,7 @@ def search(model: Model, console: Console, *, given: Given, trying: Trying, memo
     "tawny plan recover pruned --teacher Qwen/Qwen3-8B -o checkpointing=true",
     among=plans,
 )
-def recover(pruned: Pruned, console: Console, *, teacher: DenseModel = None, asked: Asked) -> None:
+def recover(pruned: Pruned, console: Console, *, teacher: DenseModel = None, asked: TrainingOptions) -> None:
     """Show what the same `tawny recover` would train, and what it would take, without a step."""
     settings = asked.settings()
     with console.progress() as progress:

@@ -24,7 +24,7 @@ TRAINING = "Training"
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainingOptions:
     """How a model is to be trained; None is unset."""
 
     train: Annotated[
@@ -104,7 +104,7 @@ def recover(
     *,
     teacher: DenseModel = None,
     out: Out,
-    asked: Asked,
+    asked: TrainingOptions,
     through: str | None = option(
         "--through LIST",
         "Prune to these sparsities in turn, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says otherwise.",
