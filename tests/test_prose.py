@@ -105,7 +105,9 @@ def beside(ours, theirs, cpu, key="decode"):
     """How many times as fast our whole rows of a kind are as a type of llama.cpp, of each shape on CPUs of that name."""
     rows = result("few_bits_speed")["rows"]
     speed = {(row["cpu"], row["shape"], row["name"]): row[f"{key}_tokens_per_second"] for row in rows}
-    places = [place for place in speed if re.search(cpu, place[0]) and re.fullmatch(rf"{ours}:\d+:0", place[2])]
+    places = [
+        place for place in speed if re.search(cpu, place[0]) and re.fullmatch(rf"{ours}:\d+:0", place[2])
+    ]
     return [speed[place] / speed[(*place[:2], theirs)] for place in places if (*place[:2], theirs) in speed]
 
 
