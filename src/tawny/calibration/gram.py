@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tawny.precision import bfloat16_products
@@ -11,21 +10,23 @@ from tawny.precision import bfloat16_products
 _PANEL = 512
 
 
-def add_squares(total_II: Tensor, x_TI: Tensor) -> None:
+def add_squares(total_II: Tensor, x_TI: Tensor, exact: bool) -> None:
     """Add `XᵀX` to the upper triangle of `total_II`; below it there may be anything until it is `mirrored`.
 
-    A chunk is summed in float32. Products of bfloat16 inputs are exact there, so the hardware's own for bfloat16 do where there are some.
+    Args:
+        x_TI: float32; products and sums of a chunk are.
+        exact: all values are those of bfloat16. Their products are exact in float32, so the hardware's own do where there are some.
     """
-    x, width = x_TI.to(torch.float32), x_TI.shape[1]
+    width = x_TI.shape[1]
     step = _PANEL if width >= 2 * _PANEL else width
-    with bfloat16_products(x_TI.dtype == torch.bfloat16):
+    with bfloat16_products(exact):
         for start in range(0, width, step):
             rows = slice(start, min(start + step, width))
             panel = total_II[rows, start:]
-            if panel.dtype == x.dtype:
-                panel.addmm_(x[:, rows].T, x[:, start:])
+            if panel.dtype == x_TI.dtype:
+                panel.addmm_(x_TI[:, rows].T, x_TI[:, start:])
             else:
-                panel += x[:, rows].T @ x[:, start:]
+                panel += x_TI[:, rows].T @ x_TI[:, start:]
 
 
 def mirrored(total_II: Tensor) -> Tensor:

@@ -103,11 +103,12 @@ class OutputAccumulator:
     def add(self, g_TO: Tensor, _x_TI: Tensor | None = None) -> None:
         """Gradients `[tokens, out]` of any float dtype."""
         self.tokens += len(g_TO)
+        g = g_TO.to(torch.float32)
         if not self._places:
-            self.sums[0] += g_TO.to(torch.float32).square().sum(0)  # a tenth of the time of `vector_norm`
+            self.sums[0] += g.square().sum(0)  # a tenth of the time of `vector_norm`
             return
         for rows, G_RR in zip(self._places, self.sums, strict=True):
-            add_squares(G_RR, g_TO[:, rows])
+            add_squares(G_RR, g[:, rows], g_TO.dtype == torch.bfloat16)
 
     def finish(self) -> OutputFactor:
         """Means over the tokens; nothing can be added any more."""

@@ -87,7 +87,7 @@ class Accumulator:
         if self._hessian_II is None:
             self._norms_I += x.square().sum(0)
             return
-        add_squares(self._hessian_II, x_TI)
+        add_squares(self._hessian_II, x, x_TI.dtype == torch.bfloat16)
 
     def finish(self, exact: bool = False) -> Statistics:
         """What was seen; nothing can be added any more.
