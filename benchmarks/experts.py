@@ -154,7 +154,7 @@ def speeds(args: Any) -> dict[str, Any]:
             tawny.pack(folder, packed[name], values="int8")
         rates: dict[str, list[float]] = {name: [] for name in packed}
         for _, name in itertools.product(range(3), packed):
-            rates[name].append(tawny.bench(packed[name], tokens=64, rounds=3).decode_tokens_per_second)
+            rates[name].append(tawny.bench(packed[name], tokens=24, rounds=2).decode_tokens_per_second)
         sizes = {name: file_bytes(folder) for name, folder in packed.items()}
         return {"rates": rates, "bytes": sizes, **measured()}
 
