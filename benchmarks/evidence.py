@@ -73,7 +73,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     keys = ("samples", "seqlen", "eval_seqlen", "windows")
     setting = {key: getattr(args, key) for key in keys}
-    setting |= {"model": Path(args.model).name, "text": Path(args.text).name}
+    setting |= {"model": Path(args.model).name.removesuffix(".gguf"), "text": Path(args.text).name}
     results = begun(args.results, setting, cells={})
 
     def add(name: str, found: dict[str, Any]) -> None:
