@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tawny
+from tawny.evaluation import agreement as agreement_module
 from tawny.evaluation import hidden_states
 from tests.evaluation.questions import tiny_folder
 from tests.tiny import FAMILIES, tiny_model, tokens
@@ -40,6 +41,19 @@ def test_streamed_divergence_is_that_of_whole_models(family, tmp_path):
     assert made.kl > 0 and made.top1 < 1
     assert made.perplexity.perplexity == pytest.approx(tawny.evaluate(model, ids).perplexity, rel=1e-4)
     assert made.dense.perplexity == pytest.approx(tawny.evaluate(dense, ids).perplexity, rel=1e-4)
+
+
+def test_divergence_by_position_is_that_of_the_tokens_there(monkeypatch):
+    monkeypatch.setattr(agreement_module._ranges, "__defaults__", (16,))
+    monkeypatch.setattr("tawny.evaluation.perplexity._LOGIT_BYTES", 1)
+    dense, model, ids = tiny_model("llama"), tiny_model("llama", seed=3), tokens(2, 60)
+    with torch.no_grad():
+        p, q = (m(input_ids=ids).logits[:, :-1].log_softmax(-1) for m in (dense, model))
+    kl = (p.exp() * (p - q)).sum(-1)
+    made = tawny.agreement(model, dense, ids, compute="float32").kl_by_position
+    assert [start for start, _ in made] == [0, 16, 32]
+    for (_, mean), part in zip(made, (kl[:, :16], kl[:, 16:32], kl[:, 32:]), strict=True):
+        assert mean == pytest.approx(float(part.mean()), rel=1e-3)
 
 
 def test_a_model_agrees_with_itself_entirely():

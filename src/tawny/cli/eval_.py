@@ -263,6 +263,9 @@ def perplexity_tables(result: Result) -> list[Frame]:
             ("KL from dense", f"{kl_text(agreement['kl'], agreement['kl_stderr'])} nats a token"),
             ("same next token", f"{share_text(agreement['top1'], agreement['top1_stderr'])} %"),
         ]
+        if len(agreement["kl_by_position"]) > 1:
+            told = ", ".join(f"{kl:.4f} from {start:,}" for start, kl in agreement["kl_by_position"])
+            rows.append(("KL by position", told))
     predicted = f"{result['tokens']:,} predicted"
     rows += [
         ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),

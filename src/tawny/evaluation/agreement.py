@@ -51,6 +51,7 @@ class Agreement:
         dense: perplexity of the dense model.
         against: what the dense model is called.
         kl_by_window: mean of each window, which says how sure a difference between two models is.
+        kl_by_position: `(position, mean KL)`, of tokens with that many before them and more, up to the next: 0, 1,024, 2,048, 4,096, …
     """
 
     kl: float
@@ -62,6 +63,7 @@ class Agreement:
     against: str
     seconds: float
     kl_by_window: tuple[float, ...] = ()
+    kl_by_position: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,7 +117,7 @@ def agreement(
             kept_stream(dense_stack, opened[0][1] if cache else None, read.ids, progress, "dense model"),
             stream_through(stack, Samples(read.ids), progress, "pruned model"),
         ]
-        sums = _compare(read, (dense_stack, stack), streams, progress)
+        sums, kl_by_position = _compare(read, (dense_stack, stack), streams, progress)
     means = sums / read.counts()
     weights = read.counts() / read.counts().sum()
     kl, top1 = (float((row * weights).sum()) for row in means[:2])
@@ -130,12 +132,16 @@ def agreement(
         against=called,
         seconds=seconds,
         kl_by_window=tuple(means[0].tolist()),
+        kl_by_position=kl_by_position,
     )
 
 
-def _compare(made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], progress: Progress) -> Tensor:
-    """Sums over each window's tokens, `[4, windows]` float64: KL, equal top-1, dense loss, loss."""
+def _compare(
+    made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], progress: Progress
+) -> tuple[Tensor, tuple[tuple[int, float], ...]]:
+    """Sums over each window's tokens, `[4, windows]` float64 (KL, equal top-1, dense loss, loss); and the mean KL by position."""
     sums = torch.zeros(4, len(made.ids), dtype=torch.float64)
+    by_position = torch.zeros(2, made.ids.shape[1], dtype=torch.float64)
     # Twice the logits of a perplexity are held at once, and their difference.
     vocabulary = 3 * vocabulary_of(stacks[0])
     progress.phase("comparing", len(made.ids), "windows")
@@ -146,9 +152,25 @@ def _compare(made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], pro
                 for stack, stream in zip(stacks, streams, strict=True)
             )
             target = made.ids[index, targets].to(p.device)[:, None]
-            sums[0, index] += kl(p, q).double().sum().cpu()
+            kl_T = kl(p, q).double().cpu()
+            sums[0, index] += kl_T.sum()
+            by_position[:, inputs] += torch.stack([kl_T, torch.ones_like(kl_T)])
             sums[1, index] += (p.argmax(-1) == q.argmax(-1)).sum().double().cpu()
             sums[2, index] -= p.gather(1, target).double().sum().cpu()
             sums[3, index] -= q.gather(1, target).double().sum().cpu()
         progress.step(f"window {index}")
-    return sums
+    return sums, _ranges(*by_position)
+
+
+def _ranges(sum_T: Tensor, count_T: Tensor, first: int = 1024) -> tuple[tuple[int, float], ...]:
+    """Means of positions up to `first`, from there to twice as far, and so on, where any token was read."""
+    starts, stop = [0], first
+    while stop < len(count_T):
+        starts.append(stop)
+        stop *= 2
+    ends = [*starts[1:], len(count_T)]
+    return tuple(
+        (start, float(sum_T[start:end].sum() / count_T[start:end].sum()))
+        for start, end in zip(starts, ends, strict=True)
+        if count_T[start:end].any()
+    )
