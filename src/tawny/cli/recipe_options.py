@@ -41,7 +41,7 @@ class Given:
         str | None,
         shared(
             "-a --allocator NAME",
-            "How blocks share the budget: a name, or the file of an allocation. Default: curves; atp where the output is not asked, owl for bits of a mean.",
+            "How blocks share the budget: a name, or the file of an allocation. Default: curves; atp for n:m and where the output is not asked, uniform for blocks and experts, owl for bits of a mean.",
             RECIPE,
         ),
     ] = None
@@ -49,7 +49,7 @@ class Given:
         str | None,
         shared(
             "-m --solver NAME",
-            "How a linear is pruned. Default: alps; obs for channels and heads, divergence for blocks, svd for rank.",
+            "How a linear is pruned. Default: alps; obs for channels and heads, divergence for blocks, reap for experts, svd for rank.",
             RECIPE,
         ),
     ] = None
@@ -57,7 +57,7 @@ class Given:
         str | None,
         shared(
             "-p --pattern PATTERN",
-            "What may be removed: unstructured, n:m (n kept of every m) such as 2:4, channels, heads, channels+heads, blocks or rank. "
+            "What may be removed: unstructured, n:m (n kept of every m) such as 2:4, channels, heads, channels+heads, blocks, experts or rank. "
             "Default: unstructured.",
             RECIPE,
         ),
