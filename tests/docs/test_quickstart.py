@@ -18,9 +18,9 @@ from tests.tokenizer import tiny_tokenizer
 ROOT = Path(__file__).parents[2]
 
 
-def commands() -> list[list[str]]:
+def commands(section: str = "In six commands") -> list[list[str]]:
     page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
-    block = re.search(r"## In six commands.*?```sh\n(.*?)```", page, re.DOTALL).group(1)
+    block = re.search(rf"## {section}\n.*?```sh\n(.*?)```", page, re.DOTALL).group(1)
     return [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
 
 
@@ -32,7 +32,7 @@ def test_there_are_at_most_six_commands_and_all_are_ours_or_pip():
 
 def run_all(monkeypatch, capsys, replaced: dict[str, str]) -> str:
     shown = ""
-    for words in commands():
+    for words in commands() + commands("Prune"):
         if words[0] != "tawny":
             continue
         monkeypatch.setattr(sys, "argv", [replaced.get(word, word) for word in words])
@@ -55,7 +55,9 @@ def small_model(folder: Path) -> tuple[str, str]:
 def test_the_quickstart_works_as_it_is_written(tmp_path, monkeypatch, capsys):
     model, text = small_model(tmp_path)
     monkeypatch.chdir(tmp_path)
-    shown = run_all(monkeypatch, capsys, {"smollm2": model, "wiki": text, "32": "3", "1024": "32"})
+    smaller = {"80MB": "120kB", "4": "3", "128": "32", "8": "3", "512": "32", "32": "3", "1024": "32"}
+    shown = run_all(monkeypatch, capsys, {"smollm2": model, "wiki": text, **smaller})
+    assert "finalist" in shown and (tmp_path / "small" / "fit.json").is_file()
     assert "report.html" in shown and (tmp_path / "pruned" / "report.html").is_file()
     assert (tmp_path / "packed" / "config.json").is_file()
 
