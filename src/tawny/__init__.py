@@ -72,7 +72,6 @@ __all__ = [
     "profile",
     "prune",
     "recover",
-    "recover_gradually",
     "search",
     "serve",
     "slim",
@@ -112,7 +111,6 @@ _NAMES = {
     "tawny.recipe.files": "load_recipe",
     "tawny.recipe.schema": "Recipe",
     "tawny.record": "Record",
-    "tawny.recovery.gradual": "recover_gradually",
     "tawny.recovery.plan": "RecoveryPlan plan_recovery",
     "tawny.recovery.record": "RecoveryRecord",
     "tawny.recovery.run": "recover",
@@ -154,7 +152,6 @@ if TYPE_CHECKING:
     from tawny.recipe.files import load_recipe
     from tawny.recipe.schema import Recipe
     from tawny.record import Record
-    from tawny.recovery.gradual import recover_gradually
     from tawny.recovery.plan import RecoveryPlan, plan_recovery
     from tawny.recovery.record import RecoveryRecord
     from tawny.recovery.run import recover

@@ -28,7 +28,6 @@ from tawny.decoding import author as writing
 from tawny.decoding.author import Author
 from tawny.errors import RecipeError, TextError
 from tawny.model.structure import plain_head
-from tawny.pruning import session as session_module
 from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
 
@@ -461,24 +460,3 @@ def test_every_verb_reads_mixtures_and_what_the_model_writes(run, short, tmp_pat
     record = json.loads((tmp_path / "out" / "recover.json").read_text())
     assert [one["name"] for one in record["text"]["sources"]] == [a, "self"] and record["steps"] == 32
     assert record["text"]["sources"][1]["written"]["seed"] == 3 << 30  # not what calibration has read
-
-
-def test_the_dense_model_writes_for_every_step_of_a_gradual_recovery(short, tmp_path, monkeypatch):
-    _, (a, _) = mixed(tmp_path, a=3000, b=3000)
-    dense = tmp_path / "dense"
-    tiny_model("llama").save_pretrained(dense)
-    chatting().save_pretrained(dense)
-    wrote, author_of = [], session_module.author_of
-    monkeypatch.setattr(
-        session_module,
-        "author_of",
-        lambda model, *args, **keys: wrote.append(model) or author_of(model, *args, **keys),
-    )
-    recipe = {
-        "solver": "wanda",
-        "allocator": "uniform",
-        "calibration": {"text": ["self=0.5", f"{a}=0.5"], "samples": 4, "seqlen": 16},
-    }
-    settings = {"text": a, "seqlen": 16, "tokens": 512, "compute": "float32"}
-    tawny.recover_gradually(dense, dense, tmp_path / "out", [0.3, 0.5], recipe=recipe, settings=settings)
-    assert wrote == [dense, dense]

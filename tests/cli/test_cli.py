@@ -333,7 +333,6 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["recover", "m", "--out", ""], "give a folder to write"),
         (["pack", "m", "--out", ""], "give a folder to write"),
         (["unpack", "m", "--out", ""], "give a folder to write"),
-        (["recover", "m", "--teacher", "t", "--out", "o", "-c", "none.yaml"], "add --through"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(run, arguments, words):

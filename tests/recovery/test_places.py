@@ -14,7 +14,7 @@ from tawny.errors import Interrupted, OutputError, TextError
 from tawny.recovery.dense import recover_dense
 from tawny.recovery.training import Training
 from tawny.run.place import Workplace
-from tests.recovery.models import RECIPE, folder_keys, recover_pair, stopped
+from tests.recovery.models import RECIPE, recover_pair, stopped
 
 
 def snapshot(folder):
@@ -38,13 +38,6 @@ def dense(pair, tmp_path):
     return tmp_path / "dense"
 
 
-def steps(pair, source, teacher, out, through=(0.4, 0.6), recipe=RECIPE, overwrite=False, **keys):
-    settings = folder_keys(pair, **keys)
-    return tawny.recover_gradually(
-        source, teacher, out, list(through), recipe=recipe, settings=settings, overwrite=overwrite
-    )
-
-
 def begun(monkeypatch):
     """The steps at which trainings of later calls begin."""
     found = []
@@ -57,32 +50,24 @@ def begun(monkeypatch):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "packed", "steps"])
+@pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_the_teacher_is_never_replaced(pair, packed, dense, tmp_path, kind, overwrite):
     before = snapshot(dense)
     (tmp_path / "link").symlink_to(dense)
     for out in (dense, tmp_path / "link", tmp_path):
         with pytest.raises(OutputError, match=r"(is|holds) the (teacher|model).*choose another --out"):
-            if kind == "steps":
-                steps(pair, pair[1], dense, out, through=[0.6], overwrite=overwrite)
-            else:
-                source = pair[1] if kind == "plain" else packed
-                recover_pair(pair, out, source, dense, overwrite=overwrite)
+            recover_pair(pair, out, pair[1] if kind == "plain" else packed, dense, overwrite=overwrite)
     assert snapshot(dense) == before
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed", "steps"])
+@pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_a_teacher_beside_out_is_not_taken_for_what_a_run_left_there(pair, packed, tmp_path, kind):
     teacher = tmp_path / "out.partial"
     shutil.copytree(pair[0], teacher)
     before = snapshot(teacher)
     with pytest.raises(OutputError, match="is the teacher itself"):
-        if kind == "steps":
-            steps(pair, pair[0], teacher, tmp_path / "out", overwrite=True)
-        else:
-            recover_pair(
-                pair, tmp_path / "out", packed if kind == "packed" else pair[1], teacher, overwrite=True
-            )
+        source = packed if kind == "packed" else pair[1]
+        recover_pair(pair, tmp_path / "out", source, teacher, overwrite=True)
     assert snapshot(teacher) == before
 
 
@@ -106,17 +91,14 @@ def test_a_source_inside_out_is_not_replaced_with_it(pair, tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("content", ["notes.txt", "state.safetensors", "0-recovered/a.txt", "before/a.txt"])
-@pytest.mark.parametrize("kind", ["plain", "packed", "steps"])
+@pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_a_folder_of_the_users_is_neither_used_nor_cleared(pair, packed, tmp_path, kind, content, overwrite):
     foreign = tmp_path / "out.partial"
     (foreign / content).parent.mkdir(parents=True)
     (foreign / content).write_text("of a person")
     before = snapshot(foreign)
     with pytest.raises(OutputError, match=r"which no run of Tawny put there; .*another --out"):
-        if kind == "steps":
-            steps(pair, pair[0], pair[0], tmp_path / "out", overwrite=overwrite)
-        else:
-            recover_pair(pair, tmp_path / "out", pair[1] if kind == "plain" else packed, overwrite=overwrite)
+        recover_pair(pair, tmp_path / "out", pair[1] if kind == "plain" else packed, overwrite=overwrite)
     assert snapshot(foreign) == before and not (tmp_path / "out").exists()
 
 
@@ -138,15 +120,10 @@ def test_an_empty_folder_is_used(pair, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("kind", ["steps", "packed"])
-def test_a_run_that_is_refused_before_it_made_anything_leaves_nothing(pair, packed, tmp_path, kind):
+def test_a_run_that_is_refused_before_it_made_anything_leaves_nothing(pair, packed, tmp_path):
     (tmp_path / "short.txt").write_text("too short a text")
-    text = {"text": str(tmp_path / "short.txt")}
     with pytest.raises(TextError, match="tokens"):
-        if kind == "steps":
-            steps(pair, pair[0], pair[0], tmp_path / "out", recipe=None, **text)
-        else:
-            recover_pair(pair, tmp_path / "out", packed, **text)
+        recover_pair(pair, tmp_path / "out", packed, text=str(tmp_path / "short.txt"))
     assert not list(tmp_path.glob("out*"))
 
 
@@ -187,40 +164,6 @@ def test_an_identity_that_cannot_be_read_clears_nothing(pair, tmp_path):
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"through": (0.3, 0.6)}, "sparsities was"),
-        ({"recipe": {**RECIPE, "allocator": "er"}}, 'recipe allocator name was "uniform", now "er"'),
-        ({"lr": 2e-3}, r"settings lr was 0\.01, now 0\.002"),
-        ({"source": "other"}, "model was .*dense, now .*other"),
-        ({"teacher": "other"}, "teacher was .*dense, now .*other"),
-        ({"text": "other.txt"}, "text changed"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_steps_of_another_run_are_refused_and_say_what_differs(pair, tmp_path, monkeypatch, changes, words):
-    shutil.copytree(pair[0], tmp_path / "other")
-    (tmp_path / "other" / "model.safetensors").touch()  # as when it was written anew
-    (tmp_path / "other.txt").write_text(Path(pair[2]).read_text() + " at night")
-    changes = {k: str(tmp_path / v) if str(v).startswith("other") else v for k, v in changes.items()}
-    first = {"source": pair[0], "teacher": pair[0], "out": tmp_path / "out"}
-    stopped(monkeypatch, lambda: steps(pair, **first))
-    with pytest.raises(OutputError, match=words) as error:
-        steps(pair, **{**first, **changes})
-    assert "repeat that command" in str(error.value) and "--overwrite" in str(error.value)
-    where = begun(monkeypatch)
-    steps(pair, **first)
-    assert where == [3]  # in the second step: what was refused has taken nothing from the run
-
-
-def test_overwriting_begins_other_steps_anew(pair, tmp_path, monkeypatch):
-    stopped(monkeypatch, lambda: steps(pair, pair[0], pair[0], tmp_path / "out"))
-    record = steps(pair, pair[0], pair[0], tmp_path / "out", through=[0.5, 0.7], overwrite=True)
-    assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.5, 0.7]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_another_packed_model_or_other_settings_are_refused(pair, packed, tmp_path, monkeypatch):
     tawny.prune(pair[0], tmp_path / "more", recipe={**RECIPE, "sparsity": 0.7})
     tawny.pack(tmp_path / "more", tmp_path / "pkB", "f32")
@@ -236,7 +179,7 @@ def test_another_packed_model_or_other_settings_are_refused(pair, packed, tmp_pa
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["repeated", "without --overwrite"])
-@pytest.mark.parametrize("kind", ["plain", "packed", "steps"])
+@pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_a_stopped_run_with_overwrite_goes_on_and_replaces_out(
     pair, packed, tmp_path, monkeypatch, kind, again
 ):
@@ -244,8 +187,6 @@ def test_a_stopped_run_with_overwrite_goes_on_and_replaces_out(
     shutil.copytree(pair[1], out)
 
     def call(overwrite):
-        if kind == "steps":
-            return steps(pair, pair[0], pair[0], out, overwrite=overwrite)
         source = pair[1] if kind == "plain" else packed
         return recover_pair(pair, out, source, overwrite=overwrite)
 
@@ -292,6 +233,4 @@ def test_an_unfinished_pruning_run_is_not_cleared_by_a_recovery(pair, packed, tm
             OutputError, match=r'holds an unfinished run that differs .verb was "prune", now "recover'
         ):
             recover_pair(pair, out, source)
-    with pytest.raises(OutputError, match='verb was "prune", now "recover --through"'):
-        steps(pair, pair[0], pair[0], out)
     assert tawny.prune(pair[0], out, recipe=RECIPE).resumed == 1

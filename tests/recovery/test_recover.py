@@ -31,7 +31,6 @@ from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
 from tawny.report.publish import refresh
 from tawny.report.push import push
-from tawny.run.place import Workplace
 from tests.recovery.models import (
     RECIPE,
     SHORT,
@@ -583,7 +582,7 @@ def test_a_live_model_is_left_as_trainable_as_it_was():
     assert not pruned.model.embed_tokens.weight.requires_grad
 
 
-# --- packed and gradual --------------------------------------------------------------------------
+# --- packed folders, and several steps -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("values", ["f32", "int8"])
@@ -631,81 +630,20 @@ def no_way_there(folder):
     return not any(word in text for text in texts for word in gone)
 
 
-def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
-    record = tawny.recover_gradually(
-        pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=RECIPE, settings=folder_keys(pair)
-    )
-    assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.4, 0.6]
-    assert record.stages[0]["tokens"] < record.stages[1]["tokens"]
-    assert tawny.inspect(tmp_path / "out").sparsity == pytest.approx(0.6, abs=1e-3)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert (run["source"], run["out"]) == (pair[0], str(tmp_path / "out"))
-    told = run["recovery"]["stages"]
-    assert [stage["sparsity"] for stage in told] == [stage["sparsity"] for stage in record.stages]
-    assert record.tokens == sum(stage["tokens"] for stage in told) == run["recovery"]["tokens"]
-    key = "train_backward"
-    assert record.seconds[key] == sum(stage["seconds"][key] for stage in told)
-    assert record.settings["tokens"] == folder_keys(pair)["tokens"]
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "That is of 2 steps of pruning and training in all" in page
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "# dense, 60.0 % sparse" in card and "## Recovered" in card
-    assert "<title>dense, recovered" in (tmp_path / "out" / "report.html").read_text()
-    assert no_way_there(tmp_path / "out")
-    assert push(tmp_path / "out", "owner/name", dry_run=True).files
-    with pytest.raises(RecipeError, match="do not rise"):
-        tawny.recover_gradually(pair[0], pair[0], tmp_path / "more", [0.6, 0.4], recipe=RECIPE)
+def test_pruning_and_recovering_in_turn_gives_no_zero_back(pair, tmp_path):
+    recover_pair(pair, tmp_path / "first")
+    tawny.prune(tmp_path / "first", tmp_path / "more", recipe={**RECIPE, "sparsity": 0.7})
+    recover_pair(pair, tmp_path / "out", source=tmp_path / "more")
+    assert tawny.inspect(tmp_path / "out").sparsity == pytest.approx(0.7, abs=1e-3)
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "out")
+    assert all((after[name][tensor == 0] == 0).all() for name, tensor in before.items() if "_proj" in name)
 
 
-def test_a_last_step_that_cannot_be_delivered_is_not_lost(pair, tmp_path, monkeypatch):
-    keys = {"recipe": RECIPE, "settings": folder_keys(pair)}
-
-    def busy(self, made):
-        if self.out.name == "out":
-            raise OutputError("device or resource busy")
-        deliver(self, made)
-
-    deliver = Workplace.deliver
-    with monkeypatch.context() as patched:
-        patched.setattr(Workplace, "deliver", busy)
-        with pytest.raises(OutputError, match="busy"):
-            tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", [0.4, 0.6], **keys)
-    assert (tmp_path / "out.partial" / "steps" / "1-recovered" / "recover.json").is_file()
-    monkeypatch.setattr("tawny.recovery.gradual.carry_out", None)  # nothing is trained again
-    record = tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", [0.4, 0.6], **keys)
-    assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.4, 0.6]
-    # As told before, not the sum of sums: the second step reads twice as many as the first.
-    first, last = (stage["tokens"] for stage in record.stages)
-    assert record.tokens == first + last and last < 3 * first
-
-
-@pytest.mark.parametrize("recipe", [None, {"calibration": {"text": "ptb"}}], ids=["none", "its own"])
-def test_pruning_in_steps_calibrates_on_the_training_text_unless_told(pair, tmp_path, monkeypatch, recipe):
-    asked = []
-
-    def pruning(source, out, *, recipe, progress, author):
-        asked.append((recipe.calibration.text, recipe.calibration.bos, recipe.sparsity))
-        raise RecipeError("enough")
-
-    monkeypatch.setattr("tawny.recovery.gradual.prune", pruning)
-    with pytest.raises(RecipeError, match="enough"):
-        chosen = folder_keys(pair, bos=False)
-        tawny.recover_gradually(
-            pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=recipe, settings=chosen
-        )
-    assert asked == [("ptb", None, 0.4) if recipe else (pair[2], False, 0.4)]
-
-
-@pytest.mark.parametrize("through", [None, [0.4, 0.6]])
-def test_several_processes_are_refused(pair, tmp_path, monkeypatch, through):
+def test_several_processes_are_refused(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RecipeError, match="recovery works in one process, and torchrun started several"):
-        if through:
-            tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", through)
-        else:
-            recover_pair(pair, tmp_path / "out")
+        recover_pair(pair, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

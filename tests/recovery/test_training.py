@@ -27,7 +27,6 @@ from tests.recovery.models import (
     RECIPE,
     dense_and_pruned,
     explode,
-    folder_keys,
     recover_live,
     recover_pair,
     stopped,
@@ -275,44 +274,6 @@ def test_a_packed_folder_is_written_before_a_loss_that_became_nan_is_told(pair, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
 
 
-def test_a_step_of_several_that_became_nan_is_told_each_time(pair, tmp_path, monkeypatch):
-    def call():
-        settings = folder_keys(pair, eval_every=1)
-        tawny.recover_gradually(
-            pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=RECIPE, settings=settings
-        )
-
-    explode(monkeypatch, at=2)
-    said = r"^step 1 of 2, in .*0-recovered: the loss became nan.*is kept"
-    with pytest.raises(NumericalError, match=said):
-        call()
-    monkeypatch.setattr(Training, "_step", lambda self: pytest.fail("a step was made again"))
-    with pytest.raises(NumericalError, match=said):
-        call()
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("recipe", "device"), [({}, "cuda"), ({"device": "cpu"}, "cpu")])
-def test_steps_are_pruned_on_the_device_of_the_training_unless_the_recipe_names_one(
-    pair, tmp_path, monkeypatch, recipe, device
-):
-    asked = []
-
-    def pruning(source, out, *, recipe, progress, author):
-        asked.append(recipe.device)
-        raise RecipeError("enough")
-
-    monkeypatch.setattr("tawny.recovery.gradual.prune", pruning)
-    more = [tawny.Recipe.from_mapping({**RECIPE})] if not recipe else []
-    for given in ({**RECIPE, **recipe}, *more):
-        with pytest.raises(RecipeError, match="enough"):
-            settings = folder_keys(pair, device="cuda")
-            tawny.recover_gradually(
-                pair[0], pair[0], tmp_path / "out", [0.4], recipe=given, settings=settings
-            )
-    assert set(asked) == {device}
-
-
 def test_only_weights_decay_and_not_their_scales(monkeypatch):
     seen, train = [], Training.train
     monkeypatch.setattr(Training, "train", lambda self: (seen.append(self), train(self))[1])
@@ -351,15 +312,6 @@ def test_factors_that_would_leave_a_grid_of_few_bits_are_refused_before_any_work
     said = r"train=lora would move .*source off the grid of .*int4: expected train=survivors.*train=norms"
     with pytest.raises(RecipeError, match=said):
         recover_pair(pair, tmp_path / "out", source=source, train="lora")
-    with pytest.raises(RecipeError, match="train=lora would move what each step prunes off the grid of int4"):
-        tawny.recover_gradually(
-            pair[0],
-            pair[0],
-            tmp_path / "out",
-            [0.3],
-            recipe={**RECIPE, "values": "int4"},
-            settings={"train": "lora"},
-        )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import RECIPE, Device, Out, RecipeFile, StartOver, option, shared
+from tawny.cli.options import RECIPE, Device, Out, StartOver, shared
 from tawny.cli.root import verb
 from tawny.kinds import GPU_KINDS, names_of, scaled_kinds
 from tawny.machine import check_device
@@ -96,7 +96,7 @@ DenseModel = Annotated[
 @verb(
     "tawny recover pruned --teacher smollm2 --out recovered --text wiki --minutes 30",
     "tawny recover pruned --teacher Qwen/Qwen3-8B --out recovered --train lora --tokens 5M",
-    "tawny recover smollm2 --teacher smollm2 --out recovered --through 0.4,0.55,0.65,0.7 --text wiki",
+    "tawny recover pruned --teacher smollm2 --out recovered --text wiki=0.5 --text self=0.5 --minutes 10",
 )
 def recover(
     model: Pruned,
@@ -105,41 +105,13 @@ def recover(
     teacher: DenseModel = None,
     out: Out,
     asked: TrainingOptions,
-    through: str | None = option(
-        "--through LIST",
-        "Prune to these sparsities in turn, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says otherwise.",
-        RECIPE,
-    ),
-    recipe: RecipeFile = None,
     overwrite: StartOver = False,
 ) -> None:
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""
-    from tawny.errors import RecipeError
-
-    if recipe is not None and through is None:
-        raise RecipeError(
-            f"-c {recipe} says how to prune, and without --through nothing is pruned: add --through LIST or leave it out"
-        )
     settings = asked.settings()
     with console.progress() as progress:
-        how: dict[str, Any] = {"settings": settings, "progress": progress, "overwrite": overwrite}
-        if through is None:
-            record = tawny.recover(model, teacher, out, **how)
-        else:
-            steps = _sparsities(through)
-            record = tawny.recover_gradually(model, teacher or model, out, steps, recipe=recipe, **how)
+        record = tawny.recover(model, teacher, out, settings=settings, progress=progress, overwrite=overwrite)
     console.result(record.to_dict(), recovery_tables)
-
-
-def _sparsities(text: str) -> list[float]:
-    from tawny.errors import RecipeError
-
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(
-            f"--through {text!r} is not a list of sparsities; give one such as 0.4,0.55,0.7"
-        ) from None
 
 
 def recovery_tables(record: Result) -> list[Frame]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tawny.allocation.profile import Allocation
 from tawny.errors import RecipeError
 from tawny.machine import peak_memory
-from tawny.model.source import resolve
 from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
@@ -58,7 +57,6 @@ def prune(
     | Path
     | Sequence[str | Path]
     | None = None,
-    author: str | Path | None = None,
     trust_remote_code: bool = False,
     **keys: Any,
 ) -> Record:
@@ -80,8 +78,6 @@ def prune(
         calibration: tokens `[samples, tokens]`, `(tokens, attention mask)`, or tensors by the names of the model's inputs. They are
             taken as they are. Else the name or path of a text, or several with shares (`["wiki=0.6", "code.jsonl=0.4"]`). Samples
             of a text begin with BOS as `calibration.bos` says.
-        author: the model that writes the text `self`, such as the dense one of a `source` that was pruned before; None:
-            `source`.
         trust_remote_code: let code that lies in a model's folder run.
 
     Returns:
@@ -99,11 +95,7 @@ def prune(
     with open_session(
         recipe,
         source,
-        Purpose(
-            demand=demand_of,
-            author=None if author is None else resolve(author, progress.say),
-            identity={"verb": "prune"},
-        ),
+        Purpose(demand=demand_of, identity={"verb": "prune"}),
         progress,
         place=None if out is None else Workplace(place_of(out)),
         overwrite=overwrite,

@@ -66,7 +66,6 @@ class Purpose:
         demand: what the verb asks of memory; None where nothing is placed.
         held_out: windows that are kept out of the calibration, from the tokens of the text.
         check: refuses what the verb cannot do with this model, before any text is read.
-        author: the model that writes the text `self`; None: the source.
         identity: what the run is beside its recipe, model, text and machine.
         writes_checkpoint: whether OUT is a checkpoint.
     """
@@ -76,7 +75,6 @@ class Purpose:
     demand: Callable[[Job, Load], Demanding] | None = None
     held_out: Callable[[Job, TokenisedText], Tensor] | None = None
     check: Callable[[Job], None] = lambda _: None
-    author: Path | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     writes_checkpoint: bool = True
 
@@ -383,8 +381,7 @@ def _calibration(
         # At least two windows: read again, a text may have fewer tokens than were written.
         samples = max(2, math.ceil(share * wanted.samples)) * times
         keys: dict[str, Any] = {"memory": budget, "group": ranks, "progress": progress}
-        writer: Path | nn.Module = purpose.author or job.folder or model
-        author = author_of(writer, tokenizer, seed, job.stack.compute, ranks.device, **keys)
+        author = author_of(job.folder or model, tokenizer, seed, job.stack.compute, ranks.device, **keys)
         written = author.write(samples * wanted.seqlen)
         give_back()
         return written

@@ -79,11 +79,18 @@ def refuse_trained(settings: Recovery, kinds: Iterable[str], folder: Path) -> No
 
 
 def check_grid(settings: Recovery, folder: Path) -> None:
-    """`check_factors` for what a folder was solved for or packed in."""
+    """Refuse factors whose product would leave a folder's grid of few bits; packing would then undo the training."""
     kinds = set(solved_for(folder)[0].names)
     if is_packed(folder):
         kinds.add(_packing(folder)["values"])
-    check_factors(settings, kinds, str(folder))
+    few = sorted(name for name in kinds if solved_kind(name).bits < 8 or solved_kind(name).target != "packed")
+    if few and settings.method.weights == "added to":
+        through = [f"train={name}" for name, method in METHODS.items() if method.weights == "trained"]
+        beside = [f"train={name}" for name, method in METHODS.items() if method.weights == "kept"]
+        raise RecipeError(
+            f"train={settings.train} would move {folder} off the grid of {', '.join(few)}: expected {' or '.join(through)}, which is "
+            f"trained through the grid, or {' or '.join(beside)}"
+        )
 
 
 def check_values(settings: Recovery, folder: Path) -> None:
@@ -103,18 +110,6 @@ def check_values(settings: Recovery, folder: Path) -> None:
     raise RecipeError(
         f"values {asked} were asked for, and {folder} is packed as {has}: unpack it first (tawny unpack), or leave values out"
     )
-
-
-def check_factors(settings: Recovery, kinds: Iterable[str], what: str) -> None:
-    """Raise a RecipeError for factors whose product would leave a grid of few bits; packing would then undo the training."""
-    few = sorted(name for name in kinds if solved_kind(name).bits < 8 or solved_kind(name).target != "packed")
-    if few and settings.method.weights == "added to":
-        through = [f"train={name}" for name, method in METHODS.items() if method.weights == "trained"]
-        beside = [f"train={name}" for name, method in METHODS.items() if method.weights == "kept"]
-        raise RecipeError(
-            f"train={settings.train} would move {what} off the grid of {', '.join(few)}: expected {' or '.join(through)}, which is "
-            f"trained through the grid, or {' or '.join(beside)}"
-        )
 
 
 def _is_packed_as_solved(folder: Path) -> bool:

@@ -30,7 +30,6 @@ class RecoveryRecord:
         products_per_second: tokens a second that their matrix products alone would allow, as fast as a large plain one is here;
             all experts of a mixture are counted. 0 on another device than the CPU, and where there were few steps to tell.
         stopped: why it ended: tokens, minutes, patience, or nan.
-        stages: of a gradual recovery, one a sparsity.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +61,6 @@ class RecoveryRecord:
     memory_before: int = 0
     bytes: int = 0
     warnings: list[str] = field(default_factory=list)
-    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

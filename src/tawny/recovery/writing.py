@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.model.source import revision_of
 from tawny.record import finite, record_in, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.methods import METHODS
@@ -48,7 +47,6 @@ _SUMMARY = (
     "stopped",
     "seconds",
     "warnings",
-    "stages",
 )
 
 
@@ -178,22 +176,16 @@ def tell_run(
     _put_run(folder, run, record, run.get("rounded") or {})
 
 
-def retell(
-    folder: Path, record: RecoveryRecord, *, source: str | None = None, base: Path | None = None
-) -> None:
+def retell(folder: Path, record: RecoveryRecord, *, base: Path | None = None) -> None:
     """Tell again of a folder that was made under other names than it will have.
 
     Args:
-        source: what was pruned, where `run.json` has a name of the way there.
         base: folder whose card has the metadata that the new one inherits; None leaves the card as it is.
     """
     _put(folder / "recover.json", record.to_json())
     run = record_in(folder)
     if run:
         run["out"] = record.out
-        if source is not None:
-            run["source"] = source
-            run["revision"] = "" if base is None else revision_of(base)
         # Nothing is known of it where another version made the folder on the way.
         _put_run(folder, run, record, run.get("recovery", {}).get("rounded", run.get("rounded") or {}))
     if run and base is not None:

@@ -113,9 +113,6 @@ def recovery_words(recovery: Mapping[str, Any], how: str = "Trained after prunin
     method = [str(settings[key]) for key in ("method", "train") if settings.get(key)]
     words += f" ({', '.join(method)})" if method else ""
     words += f" against the dense model {recovery['teacher']}." if recovery.get("teacher") else "."
-    steps = recovery.get("stages")
-    if isinstance(steps, list) and len(steps) > 1:
-        words += f" That is of {len(steps)} steps of pruning and training in all; what was measured is of the last."
     perplexities = [part(key).get("perplexity") for key in ("start", "best")]
     if all(map(_is_number, perplexities)):
         words += f" Held-out perplexity {perplexities[0]:,.2f} → {perplexities[1]:,.2f}."
