@@ -51,6 +51,8 @@ def evidence(result: Mapping[str, Any]) -> str:
         made = f"{cell['seconds'] / 60:.0f} min" if cell["seconds"] > 30 else "–"
         if made != "–" and cell["measured"]["seconds"]["threads"] == 1:
             made += ", one thread"
+        if made != "–" and cell["measured"]["seconds"].get("kernel") == "torch":
+            made += ", without our compiled passes"
         if made != "–" and (cpu := cell["measured"]["seconds"]["cpu"]) != result["machine"]["cpu"]:
             made += f", {cpu}"
         memory = f"{cell['peak_memory'] / 1e9:.1f} GB" if cell.get("peak_memory") else "–"
