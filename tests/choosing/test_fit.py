@@ -14,7 +14,7 @@ import torch
 import tawny
 from tawny.choosing import finalists as finalists_module
 from tawny.choosing import fit as module
-from tawny.choosing import formats, refining
+from tawny.choosing import formats
 from tawny.choosing import pace as pace_module
 from tawny.choosing.demand import FitDemand
 from tawny.choosing.divergence import Reference, Scorer
@@ -324,12 +324,6 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     assert best.expected == pytest.approx(little["int3"])
     table = Table(job, Room(sizes, budget), found)
     assert [each.head for each in table.finalists()] == ["int8"]
-    journal = SimpleNamespace(
-        once=lambda *_: {"kinds": dict.fromkeys(measures, "int2")}, forget=lambda _: None
-    )
-    session = SimpleNamespace(run=SimpleNamespace(journal=journal))
-    refined, _ = refining.refine(session, table, 1.0, None, None, tmp_path)
-    assert refined is not None and (refined.embedding, refined.takes) == ("int3", best.takes)
     with pytest.raises(RecipeError, match=f"give --size {math.ceil(table.least)}, or more"):
         Table(job, Room(sizes, table.least / 2), found).finalists()
 
@@ -344,24 +338,6 @@ def test_memory_counts_what_finalists_take_beside_the_model_that_measured(dense)
         beside = sum(phases[f"finalists, {name}"].values()) - sum(parts.values())
         assert beside == phases["text"]["embeddings"] + job.stack.late_bytes > 0
     assert sum(phases["judging"].values()) > 2 * beside
-
-
-def test_refining_that_breaks_down_loses_nothing(dense, fitted, tmp_path, monkeypatch):
-    def breaks(*_, **__):
-        assert list((tmp_path / "made.partial" / "steps" / "levels").iterdir())
-        raise NumericalError("NaN in block 1")
-
-    def cleared(*arguments, **keys):
-        assert not (tmp_path / "made.partial" / "steps" / "levels").exists()
-        return judge(*arguments, **keys)
-
-    judge = finalists_module.judge
-    monkeypatch.setattr(refining, "evolve", breaks)
-    monkeypatch.setattr(finalists_module, "judge", cleared)
-    keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}
-    made = tawny.fit(dense, tmp_path / "made", bits=9, **keys)
-    assert made.finalists == fitted.finalists and made.refined == ""
-    assert any("refining broke down and takes no part: NaN in block 1" in line for line in made.warnings)
 
 
 def test_a_fit_of_which_nothing_can_be_made_keeps_what_it_measured(dense, fitted, tmp_path, monkeypatch):
@@ -407,41 +383,6 @@ def test_a_finalist_that_is_expected_to_be_far_behind_is_not_made(job):
     best, uniform = table.chosen(budget, zeros=False), table.uniform()
     near = uniform.expected <= 1.25 * best.expected
     assert [each.uniform is None for each in table.finalists()] == [True, False][: 1 + near] and not near
-
-
-def half_removed(levels):
-    next(levels.glob("*.safetensors")).unlink()
-    raise KeyboardInterrupt
-
-
-def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(refining, "_TRIALS", 20)  # here they end it, and not time
-    keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}
-    whole = tawny.fit(dense, tmp_path / "whole", bits=9, **keys)
-    told = whole.refined.split("KL ")[1].split(" on ")[0].split(" → ")
-    assert "19 models tried" in whole.refined and float(told[1]) <= float(told[0])
-    assert whole.finalists[: len(fitted.finalists)] == fitted.finalists
-    assert all(row["bytes"] <= whole.budget for row in whole.finalists)
-    assert json.loads((tmp_path / "whole" / "run.json").read_text())["fit"]["refined"] == whole.refined
-    calls, judge = [], Scorer._measure
-
-    def stop(*given):
-        calls.append(given)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        judge(*given)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Scorer, "_measure", stop)
-        with pytest.raises(Interrupted):
-            tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
-    with monkeypatch.context() as patched:  # while its solutions are removed, some of which are gone
-        patched.setattr(refining.shutil, "rmtree", lambda levels, **_: half_removed(levels))
-        with pytest.raises(Interrupted):
-            tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
-    resumed = tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
-    assert resumed.finalists == whole.finalists and resumed.winner == whole.winner
-    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "qwen3_moe"])
@@ -534,7 +475,6 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):
         "leave values out": {"bits": 4, "values.head": "int8"},
         "leave include out": {"bits": 4, "include": "*.q_proj"},
         "choose alps or sparsegpt": {"bits": 4, "solver": "wanda"},
-        "fit.budget is 'soon'; expected a time": {"bits": 4, "fit.budget": "soon"},
         "speed -1 is not possible": {"speed": -1},
         "fit.window is not a known fit key": {"bits": 4, "fit.window": 2},
         "give at least 4 samples": {"bits": 9, "calibration": TOKENS[:3]},

@@ -162,7 +162,6 @@ def test_a_quick_file_has_the_same_kinds_but_is_rounded(fitted, model, tmp_path)
             ModelError,
             "tokenizer.*: give --template with a whole GGUF file of the model",
         ),
-        ("a.gguf", {"fit.budget": "1m"}, RecipeError, "fit.budget refines packed folders"),
         ("a.gguf", {"to": "packed", "kinds": "q4_k"}, RecipeError, "belong to a GGUF file: give --to gguf"),
         ("a.gguf", {"to": "exl3"}, RecipeError, "fit.to"),
     ],

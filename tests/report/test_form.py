@@ -32,7 +32,6 @@ def rounded(kinds: list[str], pruned: bool):
 FIT = {
     "says": "bits by the linear: 5 MB",
     "zeros": "no zeros",
-    "refined": "",
     "speed": None,
     "warnings": [],
 } | {

@@ -3,7 +3,7 @@
 Both choose a `Level` (level.py) for each linear, and share what they choose with:
 
 - A `Space` says which levels there are, and moves in them within a limit: weights (space.py), whole members and experts
-  (member_space.py), or kinds under the bytes of a model or of a token (kind_space.py, limit.py).
+  (member_space.py). A fit chooses kinds under the bytes of a model or of a token (limit.py).
 - solving.py solves every linear at its levels in one walk; expert_levels.py scores experts in one. divergence.py scores models
   that are put together from levels, and scores.py keeps what is known. evolution.py tries such models; it does not know what a model is.
 

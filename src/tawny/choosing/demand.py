@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 __all__ = [
-    "TOGETHER",
     "FitDemand",
     "SearchDemand",
     "asked_windows",
@@ -32,7 +31,6 @@ from tawny.solvers.base import Solver
 from tawny.solvers.experts import ExpertSolver
 from tawny.solvers.members import MemberSolver
 
-TOGETHER = 8  # models that go through the blocks together while a fit is refined
 _HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
 
 
@@ -184,7 +182,7 @@ class FitDemand:
 
     Attributes:
         asking: the walk back that asks the output, beside what rounding changed in the linears of a block.
-        measuring: the walks that measure, and those that refine.
+        measuring: the walk that measures what rounding costs, on the windows that are asked on.
         finalist: the prune of a finalist, beside the model that measured, which stays open.
         judged: bytes of the hidden states that a finalist is judged by.
     """
@@ -202,9 +200,8 @@ class FitDemand:
         asking = replace(walk, felt=asked, seqlen=length, factor="rows")
         window = length * job.stack.hidden_bytes
         hidden = settings.windows * window
-        together = max(TOGETHER, len({role_of(x.name) for x in job.linears}))
-        # Refining solves levels on all samples; what rounding costs is measured on the windows that are asked on.
-        levels = walk if settings.seconds is not None else replace(walk, samples=asked, seqlen=length)
+        together = len({role_of(x.name) for x in job.linears})
+        levels = replace(walk, samples=asked, seqlen=length)
         measuring = SearchDemand(levels, None, job.needs, hidden, _hidden_of(together, hidden))
         return cls(asking, measuring, finalist, settings.deciding * window)
 

@@ -3,8 +3,7 @@
 1. One walk measures what each kind and each sparsity costs each linear, and one back what the output feels of it (measuring.py).
 2. Levels are chosen under the bytes that are left beside what cannot change (table.py, on
    allocation/knapsack.py and packed_size.py).
-   With a budget of time they are refined by measured divergence (refining.py).
-3. Up to four finalists are pruned and packed like any other model (finalists.py): zeros and bits for each linear, bits alone for each
+3. Up to three finalists are pruned and packed like any other model (finalists.py): zeros and bits for each linear, bits alone for each
    linear, and the best of the uniform ones that fit. What each linear gets is an allocation file, so the recipe of the
    winner makes it again.
 4. They are compared on held-out text that took no part so far. The nearest to the dense model wins; of equals uniform wins
@@ -36,13 +35,12 @@ from tawny.choosing.kept import REACTIONS, Measured, keep_measured, read_measure
 from tawny.choosing.limit import Room, Target, check_target, room_for
 from tawny.choosing.measuring import ASKING, ask, few_bits, measure, probes_bytes, react, react_ends
 from tawny.choosing.pace import Pace, measured_pace
-from tawny.choosing.refining import refine
 from tawny.choosing.scores import Scores
 from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
 from tawny.choosing.sizes import Sizes
 from tawny.choosing.solving import WALK, LevelStore, level_dtype
-from tawny.choosing.table import Finalist, Table
-from tawny.errors import ModelError, NumericalError, RecipeError, TextError
+from tawny.choosing.table import Table
+from tawny.errors import ModelError, RecipeError, TextError
 from tawny.evaluation.bench import bench
 from tawny.machine import resident_memory
 from tawny.model.identity import tensor_digest
@@ -236,11 +234,6 @@ def _fit(
         finalists = table.finalists()
     except RecipeError as error:
         raise RecipeError(f"{error}; {again}") from None
-    refined = ""
-    try:
-        refined = _refined(session, settings, table, samples, searched, place.steps, finalists)
-    except NumericalError as error:  # what was measured is not lost with it
-        warnings.append(f"refining broke down and takes no part: {error}")
     names = "; ".join(each.name for each in finalists)
     session.run.progress.say(f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {names}")
     assert job.folder is not None
@@ -272,32 +265,12 @@ def _fit(
         table,
         best,
         judged,
-        refined=refined,
         speed=speed,
         held_out=held_out,
         warnings=warnings,
     )
     output.deliver(session, fitted, best.folder, {"of": of, REACTIONS: journal.state["once"][REACTIONS]})
     return fitted
-
-
-def _refined(
-    session: Session,
-    settings: FitSettings,
-    table: Table,
-    samples: Samples,
-    searched: Samples,
-    work: Path,
-    finalists: list[Finalist],
-) -> str:
-    """Step 2, where time is given: one more finalist, and what came of it."""
-    if settings.seconds is None:
-        return ""
-    with session.run.clock("refining"):
-        finalist, outcome = refine(session, table, settings.seconds, samples, searched, work)
-    finalists += [finalist] if finalist is not None else []
-    session.run.progress.say(outcome["says"])
-    return str(outcome["says"])
 
 
 def _room(session: Session, target: Target, sizes: Sizes) -> Room:

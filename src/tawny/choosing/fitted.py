@@ -40,7 +40,6 @@ class Fitted:
     Attributes:
         budget: bytes that were allowed; None where a speed was asked for.
         speed: tokens a second, `asked` and `measured` of the packed model, and what the choice `assumes`; None otherwise.
-        refined: what came of refining by measured divergence; "" where no time was given for it.
         bytes: of the weight files and their index.
         bits: of those files, a weight of the model.
         finalists: name, bytes, bits, expected and measured divergence with its standard error, perplexity, top-1.
@@ -56,7 +55,6 @@ class Fitted:
     settings: dict[str, Any]
     budget: int | None
     speed: dict[str, Any] | None
-    refined: str
     bytes: int
     bits: float
     winner: str
@@ -150,7 +148,6 @@ def tell(
     best: Judged,
     judged: Sequence[Judged],
     *,
-    refined: str,
     speed: dict[str, Any] | None,
     held_out: Mapping[str, int],
     warnings: Sequence[str],
@@ -168,7 +165,6 @@ def tell(
         settings=asdict(settings),
         budget=table.room.file_bytes,
         speed=speed,
-        refined=refined,
         bytes=best.row["bytes"],
         bits=best.row["bits"],
         winner=chosen.name,
@@ -221,7 +217,6 @@ def _own(folder: Path, place: Workplace, facts: Mapping[str, Any], memory_before
     kept = (
         "budget",
         "speed",
-        "refined",
         "winner",
         "says",
         "zeros",

@@ -131,8 +131,6 @@ def plan_fit(
     dense, probes = checkpoint.bytes_in(None), probes_bytes(job)
     # Each finalist is written dense before it is packed, and those that are packed stay until one has won.
     disk = max(probes, dense + sum(each.bytes for each in finalists))
-    if settings.seconds is not None:
-        disk = max(disk, 3 * probes)  # each linear at three kinds
     return FitPlan(
         source=job.source,
         recipe=recipe.to_mapping(),
@@ -213,8 +211,7 @@ def _seconds(job: Job, load: Load, settings: FitSettings, finalists: int, measur
         "output": 0.0 if measured else 4 * asked * length * forward,
         "levels": 0.0 if measured else read * (prune["forward"] + prune["statistics"]) + _ROUNDING * numel,
         "reactions": 0.0 if measured else reactions,
-        "refining": settings.seconds or 0.0,
-        "finalists": (finalists + (settings.seconds is not None))
+        "finalists": finalists
         * ((prune["forward"] if settings.quick else prune["total"]) + judge + _PACKING * numel),
     }
     return rounded_seconds(seconds)

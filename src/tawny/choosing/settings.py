@@ -111,8 +111,6 @@ class FitSettings:
         deciding: others, to compare finalists on.
         length: tokens of a window, at most those of a calibration sample. Short ones, because a model reacts most to its
             embedding and its first blocks where little text has come before.
-        budget: time such as 20m in which the choice is refined by measured divergence; then another run need not give the
-            same bytes. With it, more `windows` pay.
         quick: finalists are rounded by best scales, and not solved: one forward each instead of a prune.
         to: what is written: a `packed` folder, one `gguf` file, or a `compressed-tensors` folder.
         kinds: types of the GGUF file, or kinds of compressed-tensors, with commas between; all where none is named.
@@ -122,7 +120,6 @@ class FitSettings:
     windows: Count = 8
     deciding: Annotated[int, Field(ge=2)] = 32
     length: Annotated[int, Field(ge=2)] = 256
-    budget: str | float | None = None
     quick: bool = False
     to: Literal["packed", "gguf", "compressed-tensors"] = "packed"
     kinds: str = ""
@@ -132,18 +129,11 @@ class FitSettings:
     def make(cls, base: FitSettings | None = None, /, **keys: Any) -> FitSettings:
         """As `SearchSettings.make`."""
         settings = _validated(cls, "fit", base, keys)
-        timed = settings.seconds is not None
-        if settings.to != "packed" and timed:
-            raise RecipeError(f"fit.budget refines packed folders; leave it out with --to {settings.to}")
         if settings.to == "packed" and (settings.kinds or settings.template):
             raise RecipeError("--kinds and --template belong to a GGUF file: give --to gguf with them")
         if settings.to == "compressed-tensors" and settings.template:
             raise RecipeError("--template belongs to a GGUF file: leave it out with --to compressed-tensors")
         return settings
-
-    @property
-    def seconds(self) -> float | None:
-        return seconds_in(self.budget, "fit.budget")
 
 
 def own_keys(keys: Mapping[str, Any], verb: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -197,8 +197,6 @@ def solve_levels(
     held_out: Samples,
     solver: Solver | MemberSolver | ExpertSolver | None = None,
     survey: Survey | None = None,
-    name: str = WALK,
-    note: Callable[[], None] = lambda: None,
 ) -> Solved:
     """Walk through the model once, after blocks that are solved at the levels of `space.uniform`.
 
@@ -209,15 +207,13 @@ def solve_levels(
         held_out: windows to compare models on.
         solver: in place of the recipe's, a quicker one.
         survey: what candidates want to know of the dense model, on as many samples as an allocator alone would see.
-        name: what the journal calls the walk.
-        note: called before the journal is written.
 
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
     """
     rehearsal = rehearsing(session, samples, solver)
-    solving = _SolveLevels(rehearsal, space, store, note)
-    return walk_dense(session, rehearsal, solving, held_out, survey, name=name, phase="solving at each level")
+    solving = _SolveLevels(rehearsal, space, store)
+    return walk_dense(session, rehearsal, solving, held_out, survey, name=WALK, phase="solving at each level")
 
 
 def walk_dense(
@@ -263,8 +259,8 @@ class _SolveLevels(Visitor):
     Each stage is solved after those before it, which are left as `space.uniform` says.
     """
 
-    def __init__(self, session: Session, space: Space, store: LevelStore, note: Callable[[], None]) -> None:
-        self.session, self.wanted, self.store, self.note = session, _Wanted.of(space), store, note
+    def __init__(self, session: Session, space: Space, store: LevelStore) -> None:
+        self.session, self.wanted, self.store = session, _Wanted.of(space), store
         self.left = {x.name: space.sparsity(i, space.uniform[i]) for i, x in enumerate(space.linears)}
 
     def begin(self, kept: Mapping[str, Any]) -> None:
@@ -272,7 +268,6 @@ class _SolveLevels(Visitor):
 
     def keep(self, blocks: int) -> Mapping[str, Any]:
         self.store.settle(blocks)
-        self.note()
         return {"warnings": self.session.record.warnings}
 
     def visit(self, block: Block) -> None:
@@ -299,7 +294,7 @@ class _SolveLevels(Visitor):
 def _weights(
     block: PrunedBlock, stage: Stage, statistics: Mapping[str, Statistics], wanted: _Wanted
 ) -> Iterator[_Solution]:
-    """Each linear without some of its weights, its survivors stored in the kind of the level."""
+    """Each linear without some of its weights."""
     for linear in stage.linears:
         W_OI, seen = block.job.stack.weight(linear), statistics.get(linear.name)
         known = block.known(linear, seen)
@@ -308,8 +303,6 @@ def _weights(
                 f"{linear.name} saw no calibration token while allocations were tried"
             )
         for number, level in wanted.levels[linear.name].items():
-            if level.kind:
-                block.session.record.values[linear.name] = level.kind
             yield linear, number, block.solution(linear, W_OI, known, level.sparsity)[0].weight
 
 

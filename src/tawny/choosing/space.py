@@ -1,7 +1,7 @@
 """The search space: a candidate is a tuple of levels, one whole number for each linear; a space says which `Level` it is.
 
-Only the spaces know which levels there are: of single weights here, of whole members in member_space.py, of kinds in
-kind_space.py. The rest of the room solves levels, compares tuples of them, and asks a space to move in them.
+Only the spaces know which levels there are: of single weights here, of whole members and experts in
+member_space.py. The rest of the room solves levels, compares tuples of them, and asks a space to move in them.
 
 Level k of single weights means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being
 proportional to their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or

@@ -13,7 +13,7 @@ from tawny.words import duration, percent, size
 
 @recipe_verb(
     "tawny fit smollm2 --bits 4.5 --out fitted --calibration wiki --samples 16 --seqlen 1024",
-    "tawny fit ./model --size 700MB --out fitted --memory 6GB --budget 20m",
+    "tawny fit ./model --size 700MB --out fitted --memory 6GB",
     "tawny fit ./model --size 700MB --to gguf --out small.gguf -m sparsegpt",
     without=CHOSEN_BY_FIT,
 )
@@ -29,7 +29,7 @@ def fit(
 ) -> None:
     """Make the best model of a size or speed: bits, and zeros where they pay, are chosen for each linear of MODEL.
 
-    What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length. With --budget, more fit.windows pay.
+    What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length.
     """
     recipe, own = given.of_fit(console.note)
     with console.progress() as progress:

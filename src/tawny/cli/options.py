@@ -189,14 +189,6 @@ class Aim:
             parser=path_named,
         ),
     ] = None
-    budget: Annotated[
-        str | None,
-        shared(
-            "--budget TIME",
-            "Refine by measured KL for this time, such as 20m; the result may then differ from run to run.",
-            RECIPE,
-        ),
-    ] = None
     quick: Annotated[
         bool,
         shared("--quick", "Round by best scales and solve nothing: sooner, with a higher KL.", RECIPE),
@@ -204,6 +196,5 @@ class Aim:
 
     def keys(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `tawny.fit` and `tawny.plan_fit`; `own`: what -o fit.KEY=VALUE says, which comes last."""
-        settings = {"budget": self.budget, "quick": self.quick or None}
-        named = {name: value for name, value in vars(self).items() if name not in settings}
-        return named | {f"fit.{key}": value for key, value in {**settings, **own}.items()}
+        named = {name: value for name, value in vars(self).items() if name != "quick"}
+        return named | {f"fit.{key}": value for key, value in {"quick": self.quick or None, **own}.items()}

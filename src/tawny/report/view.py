@@ -25,7 +25,6 @@ _PHASES = {
     "search": "searching an allocation",
     "levels": "rounding every linear to every kind",
     "reactions": "measuring what the output loses",
-    "refining": "refining the choice",
     "error": "measuring errors",
     "outliers": "counting outliers",
     "teacher": "forwards of the dense model",
@@ -207,7 +206,6 @@ def fit_facts(fit: Mapping[str, Any]) -> list[tuple[str, str]]:
     if held.get("deciding"):
         windows = f"{held['deciding']} windows of {held['tokens']:,} tokens held out of the calibration text"
         rows.append(("judged on", windows))
-    rows += [("refined", fit["refined"])] if fit["refined"] else []
     return rows + ([("assumed", speed["assumes"])] if speed else [])
 
 
