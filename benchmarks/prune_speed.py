@@ -2,14 +2,15 @@
 
     python benchmarks/prune_speed.py                      # smollm2, wiki, 32 samples × 1024
 
-Both prune the same model on the same tokens with the same threads; each measurement is a process of its own, so that
-its peak memory is its own, and the two take turns `--repeats` times. Memory is peak resident bytes above a process
-that has only imported what both import.
+Both prune the same model on the same tokens with the same threads and the same dtype; each measurement is a process of
+its own, so that its peak memory is its own, and the two take turns `--repeats` times. Memory is peak resident bytes
+above a process that has only imported what both import.
 
-The transcription keeps what costs the official flow its time and memory: the whole model in float32; one pass over all
+The transcription keeps what costs the official flow its time and memory: the whole model in memory; one pass over all
 blocks for the outlier ratios and a second to prune, each running every block twice (once to observe, once for the
 outputs); one sample a forward; one set of statistics per linear, shared inputs or not; Wanda by a full stable sort of
-every row, SparseGPT by the column loop with a threshold from a full sort of each 128-column group.
+every row, SparseGPT by the column loop with a threshold from a full sort of each 128-column group. Weights and forwards have
+the dtype; statistics and solves are in float32, as theirs are.
 It is written from the paper and the public description of the flow; no line of it is anybody else's.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -32,12 +34,12 @@ PEAK_SIZE = 2048
 # --- the official flow, transcribed -----------------------------------------------------------------------------
 
 
-def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> None:
+def official(folder: str, ids: Any, solver: str, sparsity: float, dtype: str, out: str) -> None:
     import torch
     from torch import nn
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     blocks = model.model.layers
     M, lam = 5, 0.08
 
@@ -93,7 +95,6 @@ def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> N
             made[j : j + 1] = block(inputs[j : j + 1], **kwargs)
 
     def sparsegpt(W: Any, H: Any, ratio: float) -> Any:
-        W = W.clone()
         dead = torch.diag(H) == 0
         H[dead, dead] = 1
         W[:, dead] = 0
@@ -149,7 +150,7 @@ def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> N
                     order = torch.sort(W.abs() * stats[name].sqrt()[None], dim=-1, stable=True)[1]
                     W.scatter_(1, order[:, : int(W.shape[1] * ratio)], 0)
                 else:
-                    module.weight.data = sparsegpt(W, stats[name], ratio)
+                    module.weight.data = sparsegpt(W.float(), stats[name], ratio).to(W.dtype)
             outputs(block, inputs, made, kwargs)
             inputs, made = made, inputs
     model.save_pretrained(out)
@@ -176,7 +177,7 @@ def child(args: argparse.Namespace) -> None:
     phases: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         if args.child == "official":
-            official(folder, ids, args.solver, args.sparsity, f"{scratch}/out")
+            official(folder, ids, args.solver, args.sparsity, args.dtype, f"{scratch}/out")
         else:
             record = tawny.prune(
                 folder,
@@ -185,29 +186,31 @@ def child(args: argparse.Namespace) -> None:
                 allocator="owl",
                 solver=args.solver,
                 calibration=ids,
+                compute=args.dtype,
             )
             phases = record.seconds
         seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "memory": peak_memory() - idle, "idle": idle, "phases": phases}))
 
 
-def measure(args: argparse.Namespace, who: str, solver: str, ids: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", who, "--solver", solver, "--ids", ids]
+def measure(args: argparse.Namespace, who: str, solver: str, dtype: str, ids: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", who, "--solver", solver, "--dtype", dtype, "--ids", ids]
     command += ["--model", args.model, "--sparsity", args.sparsity, "--threads", args.threads]
     made: dict[str, Any] = harness.child(command)
     print(
-        f"{who:9} {solver:10} {made['seconds']:7.1f} s  {made['memory'] / 1e6:7.0f} MB above idle", flush=True
+        f"{who:9} {solver:10} {dtype:9} {made['seconds']:7.1f} s  {made['memory'] / 1e6:7.0f} MB above idle",
+        flush=True,
     )
     return made
 
 
-def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
+def floor(args: argparse.Namespace, dtype: str, tokens: int) -> dict[str, float]:
     """Matrix products no such method can avoid, at the speed this machine shows on a large one just now."""
     import torch
 
     from tawny.model.source import resolve
     from tawny.packed.opening import open_stack
-    from tawny.precision import native_dtype, rounds_products
+    from tawny.precision import rounds_products
     from tawny.pruning.prepare import PROFILE_TOKENS
     from tawny.run.memory import sharing_inputs
 
@@ -229,13 +232,13 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     blocks = len(stack)
     forwards = blocks * ((tokens + min(tokens, PROFILE_TOKENS)) * per_token + tokens * (per_token - down))
     width = sum(group[0].shape[1] ** 2 for group in sharing_inputs(stack.linears(0)))
-    native, single = peak(native_dtype()), peak(torch.float32)
+    chosen, single = peak(getattr(torch, dtype)), peak(torch.float32)
     return {
-        "peak_flops_forward": native,
+        "peak_flops_forward": chosen,
         "peak_flops_float32": single,
-        "forward_seconds": forwards / native,
-        # Half of the symmetric product is enough.
-        "hessian_seconds": blocks * tokens * width / (native if rounds_products() else single),
+        "forward_seconds": forwards / chosen,
+        # Half of the symmetric product is enough. Hessians of bfloat16 inputs lose nothing in bfloat16.
+        "hessian_seconds": blocks * tokens * width / (chosen if rounds_products() else single),
     }
 
 
@@ -266,10 +269,12 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--solvers", nargs="+", default=["wanda", "sparsegpt"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--child", choices=["official", "tawny"], help=argparse.SUPPRESS)
     parser.add_argument("--solver", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--ids", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -290,35 +295,38 @@ def main() -> None:
             k: getattr(args, k)
             for k in ("model", "text", "samples", "seqlen", "sparsity", "threads", "repeats")
         },
-        "floor": floor(args, args.samples * args.seqlen),
+        "floor": {dtype: floor(args, dtype, args.samples * args.seqlen) for dtype in args.dtypes},
         "profile_subset": profile_subset(args, windows),
-        "solvers": {},
+        "rows": [],
     }
     with tempfile.TemporaryDirectory() as scratch:
         ids = f"{scratch}/ids.pt"
         torch.save(windows, ids)
-        for solver in args.solvers:
+        for dtype, solver in itertools.product(args.dtypes, args.solvers):
             runs: dict[str, list[dict[str, Any]]] = {"official": [], "tawny": []}
             for _ in range(args.repeats):
                 for who, collected in runs.items():
-                    collected.append(measure(args, who, solver, ids))
+                    collected.append(measure(args, who, solver, dtype, ids))
             median = {
                 who: {key: statistics.median(run[key] for run in made) for key in ("seconds", "memory")}
                 for who, made in runs.items()
             }
-            unavoidable = results["floor"]["forward_seconds"] + (
-                results["floor"]["hessian_seconds"] if solver == "sparsegpt" else 0
+            least = results["floor"][dtype]
+            unavoidable = least["forward_seconds"] + (
+                least["hessian_seconds"] if solver == "sparsegpt" else 0
             )
-            results["solvers"][solver] = {
+            row = {
+                "solver": solver,
+                "dtype": dtype,
                 **{who: {"median": median[who], "runs": made} for who, made in runs.items()},
                 "times_faster": median["official"]["seconds"] / median["tawny"]["seconds"],
                 "memory_ratio": median["tawny"]["memory"] / median["official"]["memory"],
                 "unavoidable_share": unavoidable / median["tawny"]["seconds"],
             }
+            results["rows"].append(row)
             print(
-                f"{solver}: {results['solvers'][solver]['times_faster']:.2f} × faster, "
-                f"{results['solvers'][solver]['memory_ratio']:.2f} × the memory, "
-                f"{results['solvers'][solver]['unavoidable_share']:.0%} of the time is unavoidable matrix products",
+                f"{solver}, {dtype}: {row['times_faster']:.2f} × faster, {row['memory_ratio']:.2f} × the memory, "
+                f"{row['unavoidable_share']:.0%} of the time is unavoidable matrix products",
                 flush=True,
             )
     harness.keep(args.results, results)

@@ -12,14 +12,14 @@ def prune_speed(result: Mapping[str, Any]) -> str:
     setting = result["setting"]
     lines = [
         f"{setting['model']}, {setting['samples']} samples × {setting['seqlen']} tokens, {setting['threads']} threads,"
-        f" {setting['sparsity']:.0%} sparsity. Memory is the peak above a bare interpreter with its imports.\n",
-        "| | official flow | Tawny | faster | memory | of which unavoidable matrix products |",
-        "|---|---|---|---|---|---|",
+        f" {setting['sparsity']:.0%} sparsity, medians of {setting['repeats']} runs of each. Memory is the peak above a bare interpreter with its imports.\n",
+        "| | both compute in | official flow | Tawny | faster | memory | of which unavoidable matrix products |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for solver, row in result["solvers"].items():
+    for row in result["rows"]:
         official, ours = row["official"]["median"], row["tawny"]["median"]
         lines.append(
-            f"| owl + {solver} | {official['seconds']:.0f} s, {official['memory'] / 1e6:.0f} MB "
+            f"| owl + {row['solver']} | {row['dtype']} | {official['seconds']:.0f} s, {official['memory'] / 1e6:.0f} MB "
             f"| {ours['seconds']:.0f} s, {ours['memory'] / 1e6:.0f} MB | {row['times_faster']:.1f} × "
             f"| {row['memory_ratio']:.2f} × | {row['unavoidable_share']:.0%} of the time |"
         )
