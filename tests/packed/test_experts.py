@@ -47,7 +47,8 @@ MIXTURES = {
         "intermediate_size_mlp": 24,
     },
     "nemotron_h": {
-        "layers_block_type": ["moe", "attention", "moe"],
+        # Attention first: transformers 5.25 asks the first layer of the cache how long it is, and experts have no such layer.
+        "layers_block_type": ["attention", "moe", "moe"],
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
