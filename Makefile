@@ -110,7 +110,7 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/structured.py --text wiki --text "$(TEXT)" --pattern blocks --allocator uniform --solver divergence influence
 	$(BIN)/python benchmarks/owl_study.py --text wiki --text "$(TEXT)"
 	$(BIN)/python benchmarks/recovery.py --other "$(TEXT)" --recipe recipes/fast.yaml --samples 64
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernel_speed.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/readme.py

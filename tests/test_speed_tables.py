@@ -131,7 +131,7 @@ def test_a_gguf_of_random_weights_has_the_shape_asked_for(tmp_path):
     assert tensors["token_embd.weight"].n_bytes == 512 * 256 * 9 // 16
 
 
-@pytest.mark.parametrize("script", ["decode", "kernels", "few_bits_speed"])
+@pytest.mark.parametrize("script", ["decode", "kernel_speed", "few_bits_speed"])
 def test_a_benchmark_explains_itself(script):
     path = ROOT / "benchmarks" / f"{script}.py"
     done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)

@@ -194,7 +194,7 @@ _INT4 = (-53, -40, -31, -24, -18, -12, -6, 0, 5, 11, 17, 24, 31, 39, 49, 63)
 _INT3 = (-48, -29, -15, 0, 12, 24, 39, 63)
 _INT2 = (-50, -15, 24, 63)
 
-# break_even: benchmarks/kernels.py, one token.
+# break_even: benchmarks/kernel_speed.py, one token.
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (

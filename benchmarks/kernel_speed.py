@@ -1,8 +1,8 @@
 """How fast one linear is: packed weights beside every dense and sparse product there is to compare with, in one run.
 
-    python benchmarks/kernels.py                                     # everything that is not in the results yet
-    python benchmarks/kernels.py --quick                             # small shapes, few rounds, nothing kept
-    python benchmarks/kernels.py --shapes 4096x4096 --threads 1 --columns 1    # a piece; results are merged
+    python benchmarks/kernel_speed.py                                     # everything that is not in the results yet
+    python benchmarks/kernel_speed.py --quick                             # small shapes, few rounds, nothing kept
+    python benchmarks/kernel_speed.py --shapes 4096x4096 --threads 1 --columns 1    # a piece; results are merged
 
 Variants: packed bf16, int8 (a scale a row, and one for 128 columns), int4 and int3 (one for 32 columns; without zeros they
 have no masks) and f32; our best dense kernel in bf16 and f32 (the
