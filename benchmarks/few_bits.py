@@ -4,7 +4,7 @@
 
 A cell is a kind, a group size, a sparsity and a solver: `magnitude` rounds by the best scale, `sparsegpt` rounds in its
 column loop (with nothing removed that is GPTQ), `alps` solves on the grid by ADMM. Each is pruned, packed with a head in
-int8, and the packed folder is evaluated. The same command goes on where a run was stopped, with `--work DIR` inside a cell.
+int8, and the packed folder is evaluated; w4 and w8 are exported for GPUs instead, with the head as it is. The same command goes on where a run was stopped, with `--work DIR` inside a cell.
 There the models that `alps` makes stay, where frontier.py finds them. A model that was itself dequantised from few bits
 flatters plain rounding: `frontier.py --work DIR --cells` writes `DIR/source`, which lies on no grid (fair_start.py).
 A tiny run: `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --kinds int4:64:0`.
@@ -19,8 +19,10 @@ from typing import Any
 
 from cells import parser_for
 from harness import begun, keep, measured
+from safetensors import safe_open
 
 import tawny
+from tawny.kinds import GPU_KINDS
 
 KINDS = ["int4:32:0", "int4:64:0", "int4:128:0", "int3:64:0", "int4:64:0.5", "int3:64:0.5"]
 
@@ -36,6 +38,8 @@ def main() -> None:
     keys = ("calibration", "samples", "seqlen", "eval_seqlen", "windows")
     setting = {key: getattr(args, key) for key in keys}
     setting |= {"model": args.name or Path(args.model).name, "texts": [Path(text).name for text in args.text]}
+    if all(kind.split(":")[0] in GPU_KINDS for kind in args.kinds):
+        setting["head"] = "as it is"
     results = begun(args.results, setting, cells={})
     for kind in args.kinds:
         for solver in args.solvers:
@@ -68,8 +72,14 @@ def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
                 for k, v in (("text", args.calibration), ("samples", args.samples), ("seqlen", args.seqlen))
             },
         )
-        report = tawny.pack(dense, folder / "packed", head="int8")
-        packed = [linear for linear in report.linears if linear.name in record.allocation]
+        if values in GPU_KINDS:
+            size = tawny.export(dense, folder / "packed", to="compressed-tensors").bytes
+            bits = stored_bits(folder / "packed", [linear.name for linear in record.linears])
+        else:
+            report = tawny.pack(dense, folder / "packed", head="int8")
+            packed = [linear for linear in report.linears if linear.name in record.allocation]
+            size = report.file_bytes
+            bits = 8 * sum(x.bytes for x in packed) / sum(x.shape[0] * x.shape[1] for x in packed)
         texts = {}
         for text in args.text:
             found = tawny.agreement(
@@ -90,8 +100,8 @@ def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
             shutil.move(folder / "packed", args.work / kind)
         shutil.rmtree(dense)
         return {
-            "bits": 8 * sum(x.bytes for x in packed) / sum(x.shape[0] * x.shape[1] for x in packed),
-            "bytes": report.file_bytes,
+            "bits": bits,
+            "bytes": size,
             "seconds": record.seconds["total"],
             "solve_seconds": record.seconds.get("solve", 0.0),
             **measured(),
@@ -100,6 +110,20 @@ def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def stored_bits(folder: Path, names: list[str]) -> float:
+    """Bits a weight that linears take in a folder of compressed-tensors, scales and shapes included."""
+    stored = weights = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in names:
+                for part in ("weight_packed", "weight_scale", "weight_shape"):
+                    if f"{name}.{part}" in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                        tensor = tensors.get_tensor(f"{name}.{part}")
+                        stored += tensor.nbytes
+                        weights += int(tensor.prod()) if part == "weight_shape" else 0
+    return 8 * stored / weights
 
 
 if __name__ == "__main__":

@@ -440,7 +440,7 @@ def few_bits(result: Mapping[str, Any]) -> str:
     dense = ", ".join(f"{first[text]['dense']:.2f} on {text}" for text in texts)
     others, said = judged_otherwise(cells)
     lines = [
-        f"{setting['model']}, head int8, {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}, "
+        f"{setting['model']}, head {setting.get('head', 'int8')}, {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}, "
         f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}.{said}\n",
         "| values | zeros | solver | bits a weight | file | seconds | "
         + " | ".join(f"KL, {text} | perplexity" for text in texts)
