@@ -27,7 +27,7 @@ help:
 	@echo "make replay BASE=…    run the same jobs through the commit BASE and this tree: same bytes, same numbers (minutes)"
 	@echo "make fuzz N=1000     so many damages of each kind of file: the same result or one line"
 	@echo "make wheel     build a wheel, install it in a new environment and prune with it"
-	@echo "make llama     build llama.cpp's own tools, which benchmarks/gguf.py compares with, in build/llama/bin"
+	@echo "make llama     build llama.cpp's own tools, which benchmarks/gguf_files.py compares with, in build/llama/bin"
 	@echo "make lint      format check, lint, types and the order of the rooms;  make format  repairs what it can"
 	@echo "make bench TEXT=…    the benchmarks behind the numbers of README and docs (many hours)"
 	@echo "make docs      the generated pages, tables and pictures; then every link is checked"
