@@ -208,11 +208,8 @@ class PackedFolder:
             raise CheckpointError(
                 f"{path} is missing or not an index of a packed folder ({error}); pack the model again"
             ) from error
-        if version not in format.READABLE:
-            raise CheckpointError(
-                f"{folder}: packed format version {version!r}, this Tawny reads up to version {format.VERSION}; "
-                "use a newer Tawny"
-            )
+        if version != format.VERSION:
+            raise CheckpointError(f"{folder}: {format.of_another(version)}")
         try:
             named = {name: {**entry, "name": name} for name, entry in index["linears"].items()}
             known: _Index = adapter(_Index).validate_python({**index, "linears": named})
@@ -220,7 +217,6 @@ class PackedFolder:
             self.dense, self.source, self.source_index = known.dense, known.source, known.source_index
             for linear in self.linears.values():
                 self._check_linear(linear)
-            self._check_levels(version)
             # What each tensor of the dense checkpoint became.
             self.made: dict[str, list[PackedLinearEntry]] = {}
             for linear in self.linears.values():
@@ -300,15 +296,6 @@ class PackedFolder:
         return CheckpointError(
             f"{self.folder}: tensor {name!r}: {what}; the packed folder is damaged: copy or pack it again"
         )
-
-    def _check_levels(self, version: int) -> None:
-        """What was packed to stand for other numbers is not read as what it would mean now."""
-        moved = sorted({entry.values for entry in self.linears.values()} & set(format.MOVED))
-        if version == 2 and moved:
-            raise CheckpointError(
-                f"{self.folder} holds {' and '.join(moved)} values of packed format version 2, which stood for other numbers; "
-                "pack the model again"
-            )
 
     def _check_whole(self, shards: Mapping[str, str]) -> None:
         """Every tensor of the dense checkpoint is packed or stored, once, and nothing else is.

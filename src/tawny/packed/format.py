@@ -40,10 +40,7 @@ from tawny.kinds import KINDS, Kind, kind_of
 from tawny.precision import lost_in
 from tawny.solvers.grid import ScaledGrid, largest
 
-# 1 knew no weights without offsets, and no kinds of few bits; in 2 those of MOVED had other levels; 3 had no short scales.
 VERSION = 4
-READABLE = (1, 2, 3, 4)
-MOVED = ("int4", "int3")
 COINCIDENCE = 1e-3  # share of zeros up to which a grid without 0 may move them
 _ON_GRID = 0.5  # share of groups that rounding in 16 bits hides at most; of weights that were not solved it is nearly all
 _LIKELY = 16  # tries that find nearly all groups of a weight that was solved for int8
@@ -165,6 +162,11 @@ def full_masks(shape: tuple[int, int]) -> Tensor:
     if out % ROWS:
         masks[-1, :, out % ROWS :] = 0
     return masks
+
+
+def of_another(version: object) -> str:
+    """How a version of the format that is not `VERSION` is refused."""
+    return f"packed format version {version!r}, this Tawny reads version {VERSION}; pack the model again, or use a newer Tawny"
 
 
 @contextlib.contextmanager

@@ -62,10 +62,8 @@ class TawnyConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: int = format.VERSION,
         **rest: Any,
     ) -> None:
-        if version not in format.READABLE:
-            raise CheckpointError(
-                f"packed format version {version!r}, this Tawny reads up to version {format.VERSION}; use a newer Tawny"
-            )
+        if version != format.VERSION:
+            raise CheckpointError(format.of_another(version))
         self.quant_method = METHOD
         self.version = version
         self.values = values
