@@ -37,6 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     keys = ("calibration", "samples", "seqlen", "eval_seqlen", "windows")
     setting = {key: getattr(args, key) for key in keys}
+    setting["calibration"] = ",".join(Path(text).name for text in args.calibration.split(","))
     setting |= {"model": args.name or Path(args.model).name, "texts": [Path(text).name for text in args.text]}
     if all(kind.split(":")[0] in GPU_KINDS for kind in args.kinds):
         setting["head"] = "as it is"
@@ -69,7 +70,11 @@ def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
             overwrite=True,  # what a stopped run left finished
             **{
                 f"calibration.{k}": v
-                for k, v in (("text", args.calibration), ("samples", args.samples), ("seqlen", args.seqlen))
+                for k, v in (
+                    ("text", args.calibration.split(",")),
+                    ("samples", args.samples),
+                    ("seqlen", args.seqlen),
+                )
             },
         )
         if values in GPU_KINDS:
