@@ -61,7 +61,12 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
     "docs/results/owl.md": {"owl_study": owl_study},
     "docs/results/structured.md": {"structured": structured, "structured_qwen": structured},
     "docs/results/tasks.md": {"tasks": tasks},
-    "docs/results/few-bits.md": {"few_bits": few_bits, "few_bits_qwen": few_bits, "mixed_bits": mixed_bits},
+    "docs/results/few-bits.md": {
+        "few_bits": few_bits,
+        "few_bits_qwen": few_bits,
+        "few_bits_gpu_qwen": few_bits,
+        "mixed_bits": mixed_bits,
+    },
     "docs/results/frontier.md": {"frontier": frontier, "frontier_qwen": frontier},
     "docs/results/decoding.md": {"decode": decode, "sizes": sizes},
     "docs/results/one-linear.md": {"kernels": kernels},
