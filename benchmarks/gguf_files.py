@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--solver", default="sparsegpt", help="of fits")
     parser.add_argument("--asked", type=int, default=8, help="windows that a fit measures reactions on")
     parser.add_argument("--deciding", type=int, default=32, help="windows that a fit decides on")
-    parser.add_argument("--judged", type=int, default=8, help="windows of each text for llama-perplexity")
+    parser.add_argument("--judged", type=int, default=2, help="windows of each text for llama-perplexity")
     parser.add_argument("--tasks", type=int, help="documents a task, of --cells that are finished, or dense")
     parser.add_argument("--speed", action="store_true", help="only measure speeds of files in --work")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of --speed")
