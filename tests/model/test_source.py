@@ -21,7 +21,7 @@ import tawny
 from tawny.decoding.text import end_tokens
 from tawny.errors import CheckpointError, ModelError
 from tawny.model import gguf_header
-from tawny.model.checkpoint import Checkpoint
+from tawny.model.checkpoint import Checkpoint, file_bytes
 from tawny.model.gguf_conversion import convert_gguf, gguf_form
 from tawny.model.shards import ShardWriter
 from tawny.model.source import load_tokenizer
@@ -364,6 +364,14 @@ def test_a_header_that_asks_for_more_than_the_file_holds_is_refused_in_one_line(
         with pytest.raises(CheckpointError, match=rf"m\.gguf cannot be opened .*({said})") as caught:
             read(path)
         assert "\n" not in str(caught.value) and not list(cache.glob("*"))
+
+
+def test_inspect_tells_the_file_and_not_its_converted_copy(tmp_path):
+    kinds = [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q6_K]
+    path = write(tmp_path / "m.gguf", inner=256, kinds=kinds)
+    told = tawny.inspect(path)
+    assert told.bytes == path.stat().st_size != file_bytes(convert_gguf(path))
+    assert told.stored == "GGUF F32 81 %, Q8_0 10 %, Q6_K 10 %, opened as bfloat16"
 
 
 def test_lists_longer_than_any_tokenizer_has_are_refused(tmp_path, monkeypatch):

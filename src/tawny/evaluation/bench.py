@@ -23,9 +23,8 @@ from tawny.decoding.whole import exchanged
 from tawny.errors import RecipeError
 from tawny.evaluation.llama import LlamaBench, Turn
 from tawny.kernels.native import kernel_name
-from tawny.model.checkpoint import file_bytes
 from tawny.model.context import longest_text
-from tawny.model.source import resolve
+from tawny.model.source import resolve, stored_bytes
 from tawny.model.trust import opens_models
 from tawny.packed.linear import PackedLinear
 from tawny.progress import Progress, silent
@@ -130,8 +129,8 @@ def bench(
     with opening.threads(threads) as used:
         size = None
         if not isinstance(source, nn.Module):
-            source = resolve(source, progress.say)
-            size = file_bytes(source)
+            folder = resolve(source, progress.say)
+            size, source = stored_bytes(source), folder
         opened = opening.open_model(source)
         opening.check_predicts(opened.model)
         limit = longest_text(opened.model)

@@ -34,7 +34,7 @@ from tawny.errors import ModelError, RecipeError, TawnyError
 from tawny.evaluation.labels import check_labels
 from tawny.machine import free_memory, machine, versions
 from tawny.model.checkpoint import file_bytes
-from tawny.model.source import load_tokenizer, resolve
+from tawny.model.source import load_tokenizer, resolve, stored_bytes
 from tawny.model.trust import opens_models, trusted, trusting
 from tawny.progress import Progress, Silent, silent
 
@@ -351,7 +351,7 @@ def measure(
         return None
 
     folder: Path | None = part("model", lambda: resolve(source, progress.say))
-    size = folder and part("model", lambda: file_bytes(folder))
+    size = folder and part("model", lambda: stored_bytes(source))
     if folder is None or size is None:
         return row
     row["file_bytes"] = size

@@ -9,9 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from tawny.model.checkpoint import file_bytes
 from tawny.model.gguf_conversion import gguf_form
-from tawny.model.source import gguf_behind, resolve
+from tawny.model.source import gguf_behind, resolve, stored_bytes
 from tawny.model.stack import Stack
 from tawny.model.structure import head_of, staying_dense
 from tawny.model.trust import opens_models
@@ -117,7 +116,7 @@ def inspect(
         zeros=zeros,
         prunable=prunable,
         parameters=sum(p.numel() for p in stack.model.parameters()),
-        bytes=file_bytes(folder),
+        bytes=stored_bytes(source),
         blocks=len(stack),
         tied_head=_tied(stack.model),
         dense=staying_dense(stack.model, stack.structure),

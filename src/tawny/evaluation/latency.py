@@ -20,9 +20,8 @@ from tawny.decoding import opening
 from tawny.errors import RecipeError
 from tawny.evaluation.bench import quartiles
 from tawny.kernels.native import kernel_name
-from tawny.model.checkpoint import file_bytes
 from tawny.model.context import hard_context_of, words_of
-from tawny.model.source import resolve
+from tawny.model.source import resolve, stored_bytes
 from tawny.model.structure import evaluating, input_of, pixels_for
 from tawny.model.trust import opens_models
 from tawny.packed.linear import PackedLinear
@@ -83,8 +82,8 @@ def latency(
     with opening.threads(threads) as used:
         size = None
         if not isinstance(source, nn.Module):
-            source = resolve(source, progress.say)
-            size = file_bytes(source)
+            folder = resolve(source, progress.say)
+            size, source = stored_bytes(source), folder
         opened = opening.open_model(source, dtype)
         model = opened.model
         inputs = inputs_for(model, batch, tokens)

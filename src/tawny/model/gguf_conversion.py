@@ -22,6 +22,7 @@ from tawny.errors import CheckpointError
 from tawny.machine import cache_folder
 from tawny.model import durable
 from tawny.model.gguf_header import open_gguf, refusing
+from tawny.words import percent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +45,13 @@ _SAMPLES, _SAMPLE = 64, 1 << 16
 
 
 def gguf_form(path: Path) -> str:
-    """How most of a GGUF file is stored, in words."""
+    """How the weights of a GGUF file are stored, in words: each type of a hundredth of them or more."""
     sizes: Counter[str] = Counter()
     for tensor in open_gguf(path).tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
-    return f"GGUF {sizes.most_common(1)[0][0]}, opened as bfloat16"
+    shares = [(name, count / sizes.total()) for name, count in sizes.most_common()]
+    told = [f"{name} {percent(share, 0)}" for name, share in shares if share >= 0.01]
+    return f"GGUF {shares[0][0] if len(told) == 1 else ', '.join(told)}, opened as bfloat16"
 
 
 def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Path:

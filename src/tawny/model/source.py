@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tawny.errors import CheckpointError, MissingFeature, ModelError, first_line, in_one_line
 from tawny.machine import in_package
+from tawny.model.checkpoint import file_bytes
 from tawny.model.gguf_conversion import convert_gguf
 from tawny.model.trust import refusing_code, trusted
 
@@ -34,6 +35,16 @@ def gguf_behind(source: str | Path) -> Path | None:
     if str(source) == PACKAGED and not path.exists():
         return packaged_gguf()
     return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def stored_bytes(source: str | Path) -> int:
+    """Bytes of the weight files that `source` names: of a GGUF file its own, however large what it is opened as.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    gguf = gguf_behind(source)
+    return file_bytes(resolve(source)) if gguf is None else gguf.stat().st_size
 
 
 def resolve(source: str | Path, say: Callable[[str], None] = lambda _: None) -> Path:
