@@ -455,10 +455,10 @@ def test_ram_leaves_what_a_text_and_the_program_do_not_take(dense):
         RecipeError, match=r"does not fit into 500 MB: its weights take at least .*; give --ram \d+"
     ):
         room_for(job, Target.of(None, None, None, "500MB", 64), PackedSize(job), lambda: None)
-    with pytest.raises(
-        RecipeError, match="context 64 is not possible; expected a number of tokens, together with ram"
-    ):
+    with pytest.raises(RecipeError, match="context 64 belongs to ram: give --ram with it"):
         Target.of("1MB", None, None, None, 64)
+    with pytest.raises(RecipeError, match="context 0 is not possible; expected a number of tokens above 0"):
+        Target.of(None, None, None, "1GB", 0)
 
 
 def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):

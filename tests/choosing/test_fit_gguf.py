@@ -162,7 +162,13 @@ def test_a_quick_file_has_the_same_kinds_but_is_rounded(fitted, model, tmp_path)
             ModelError,
             "tokenizer.*: give --template with a whole GGUF file of the model",
         ),
-        ("a.gguf", {"to": "packed", "kinds": "q4_k"}, RecipeError, "belong to a GGUF file: give --to gguf"),
+        ("a.gguf", {"kinds": ""}, RecipeError, "--kinds names ''; types of GGUF files are q8_0"),
+        (
+            "a.gguf",
+            {"to": "packed", "kinds": "q4_k"},
+            RecipeError,
+            "--kinds restricts --to gguf or --to comp",
+        ),
         ("a.gguf", {"to": "exl3"}, RecipeError, "fit.to"),
     ],
 )

@@ -21,8 +21,8 @@ from tawny.solvers.grid import Grid
 _ENDS = ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k")  # each is a rounding of the largest matrix, and a forward
 
 
-def kinds_named(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
-    """Those kinds that a person restricts a fit to, in their order; all where nothing is said.
+def kinds_named(text: str | None, known: Sequence[str], what: str) -> tuple[str, ...]:
+    """Those kinds that a person restricts a fit to, in their order; all where `text` is None.
 
     Args:
         what: they are, for a person.
@@ -30,7 +30,9 @@ def kinds_named(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
     Raises:
         RecipeError: there is no such kind.
     """
-    named = [name.strip().lower() for name in text.split(",") if name.strip()] or known
+    if text is None:
+        return tuple(known)
+    named = [name.strip().lower() for name in text.split(",")]
     for name in named:
         if name not in known:
             raise RecipeError(f"--kinds names {name!r}{nearest(name, known)}; {what} are {', '.join(known)}")

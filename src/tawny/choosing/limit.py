@@ -63,10 +63,10 @@ class Target:
             raise RecipeError(f"bits {bits} is not possible; expected bits a weight in (0, 32], such as 4.25")
         if speed is not None and not 0 < float(speed) < math.inf:
             raise RecipeError(f"speed {speed} is not possible; expected tokens a second above 0, such as 20")
-        if context is not None and (ram is None or context < 1):
-            raise RecipeError(
-                f"context {context} is not possible; expected a number of tokens, together with ram"
-            )
+        if context is not None and ram is None:
+            raise RecipeError(f"context {context} belongs to ram: give --ram with it, or leave it out")
+        if context is not None and context < 1:
+            raise RecipeError(f"context {context} is not possible; expected a number of tokens above 0")
         return cls(
             parse_size(size, "size"),
             None if bits is None else float(bits),

@@ -113,7 +113,7 @@ class FitSettings:
             embedding and its first blocks where little text has come before.
         quick: finalists are rounded by best scales, and not solved: one forward each instead of a prune.
         to: what is written: a `packed` folder, one `gguf` file, or a `compressed-tensors` folder.
-        kinds: types of the GGUF file, or kinds of compressed-tensors, with commas between; all where none is named.
+        kinds: types of the GGUF file, or kinds of compressed-tensors, with commas between; None for all.
         template: a whole GGUF file of the model, whose keys and other tensors are kept.
     """
 
@@ -122,17 +122,19 @@ class FitSettings:
     length: Annotated[int, Field(ge=2)] = 256
     quick: bool = False
     to: Literal["packed", "gguf", "compressed-tensors"] = "packed"
-    kinds: str = ""
+    kinds: str | None = None
     template: str | None = None
 
     @classmethod
     def make(cls, base: FitSettings | None = None, /, **keys: Any) -> FitSettings:
         """As `SearchSettings.make`."""
         settings = _validated(cls, "fit", base, keys)
-        if settings.to == "packed" and (settings.kinds or settings.template):
-            raise RecipeError("--kinds and --template belong to a GGUF file: give --to gguf with them")
-        if settings.to == "compressed-tensors" and settings.template:
-            raise RecipeError("--template belongs to a GGUF file: leave it out with --to compressed-tensors")
+        if settings.to == "packed" and settings.kinds is not None:
+            raise RecipeError(
+                "--kinds restricts --to gguf or --to compressed-tensors: give one of them, or leave it out"
+            )
+        if settings.to != "gguf" and settings.template:
+            raise RecipeError(f"--template belongs to --to gguf: leave it out with --to {settings.to}")
         return settings
 
 
