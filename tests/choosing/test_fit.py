@@ -385,6 +385,19 @@ def test_a_finalist_that_is_expected_to_be_far_behind_is_not_made(job):
     assert [each.uniform is None for each in table.finalists()] == [True, False][: 1 + near] and not near
 
 
+def test_a_uniform_finalist_names_what_its_embedding_becomes(tmp_path):
+    job = prepared(saved(tmp_path / "dense"))
+    sizes = PackedSize(job)
+    bits = dict(zip(KINDS_TRIED, (1, 2, 4, 8, 16, 32, 64), strict=False))
+    measures = {
+        x.name: Measures(bits, {str(share): 9.0 for share in SPARSITIES}, 0, False) for x in job.linears
+    }
+    found = Measured(measures, dict.fromkeys(measures, 1.0), {"int8": 0.0}, {"int8": 0.0})
+    uniform = Table(job, Room(sizes, size_of(sizes, job, "int4", "int8")), found).uniform()
+    assert sizes.embedding and uniform.embedding == "int8"
+    assert uniform.name.endswith("head int8, embedding int8")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "qwen3_moe"])
 def test_bytes_are_known_before_packing(family, tmp_path):
     many = {"num_experts": 48} if family == "qwen3_moe" else {}  # each is named in the index

@@ -33,7 +33,7 @@ class Finalist:
         levels: of each linear.
         group: columns of a scale; None is each kind's usual number.
         head: kind of the head; None leaves it as it is.
-        embedding: kind of an embedding that shares no weight with the head; None is that of the head.
+        embedding: kind of an embedding that shares no weight with the head; None where there is none, or it stays as it is.
         bytes: at most; packing may find a few integers that are 0.
         takes: of what may be spent: the same bytes, or those that a token reads.
         expected: divergence from the dense model, nats a token, as far as single measurements add up.
@@ -151,6 +151,7 @@ class Table:
         if not fitting:
             return None
         _, _, plain, (head, embedding) = min(fitting, key=lambda each: each[:2])
+        embedding = embedding or (head if self.measured.embedding else None)
         columns = " in rows" if plain.group is None else f" in groups of {plain.group}"
         columns *= len(solved_kind(plain.uniform or "").groups) > 1
         named = f"uniform {plain.uniform}{columns}, head {head or 'as it is'}"
