@@ -439,9 +439,11 @@ def test_why_there_are_no_zeros_is_said_as_it_was(job):
     plain, sparse = (
         SimpleNamespace(levels={x.name: Level(share, "int4") for x in job.linears}) for share in (0.0, 0.5)
     )
-    assert "less than 3 %" in _zeros_told(job, plain, [plain])
-    assert "farther from the dense one" in _zeros_told(job, plain, [sparse, plain])
-    assert _zeros_told(job, sparse, [plain, sparse]).startswith("zeros in 14 of 14 linears")
+    every = [Level(0.0, "int4"), Level(0.5, "int4")]
+    assert "do not skip them" in _zeros_told(job, every[:1], plain, [plain])
+    assert "less than 3 %" in _zeros_told(job, every, plain, [plain])
+    assert "farther from the dense one" in _zeros_told(job, every, plain, [sparse, plain])
+    assert _zeros_told(job, every, sparse, [plain, sparse]).startswith("zeros in 14 of 14 linears")
 
 
 def test_held_out_text_that_decides_by_one_window_is_too_little(dense, tmp_path):

@@ -78,8 +78,10 @@ class Fitted:
         return asdict(self)
 
 
-def _zeros_told(job: Job, finalist: Finalist, others: Sequence[Finalist]) -> str:
-    """Where zeros were used."""
+def _zeros_told(job: Job, tried: Sequence[Level], finalist: Finalist, others: Sequence[Finalist]) -> str:
+    """Where zeros were used, of the levels that were tried."""
+    if not any(level.sparsity for level in tried):
+        return "no zeros: the programs that read this format do not skip them"
     with_zeros = [x for x in job.linears if finalist.levels[x.name].sparsity]
     if not with_zeros and any(level.sparsity for other in others for level in other.levels.values()):
         return "no zeros: the model with zeros that was made is farther from the dense one"
@@ -169,7 +171,7 @@ def tell(
         bits=best.row["bits"],
         winner=chosen.name,
         says=_says(best, judged, lead, speed, table.uniform()),
-        zeros=_zeros_told(job, chosen, [each.finalist for each in judged]),
+        zeros=_zeros_told(job, table.every, chosen, [each.finalist for each in judged]),
         lead=lead[0],
         lead_stderr=lead[1],
         finalists=[each.row for each in judged],
