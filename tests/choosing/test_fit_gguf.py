@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import gguf
 import pytest
 import torch
 
 import tawny
+from tawny.choosing import formats
 from tawny.errors import CheckpointError, ModelError, OutputError, RecipeError, UserError
 from tawny.gguf_kinds import GGUF_KINDS
 from tests.exporting.test_gguf import WORDS, words  # noqa: F401
@@ -181,9 +183,17 @@ def test_what_cannot_be_is_refused_in_one_line(model, tmp_path, out, keys, error
     assert not (tmp_path / out).is_file() and not (tmp_path / f"{out}.json").exists()
 
 
-def test_a_file_and_its_card_are_pushed(fitted, monkeypatch, tmp_path):
-    import shutil
+def test_an_impossible_size_leaves_nothing_behind(model, tmp_path, monkeypatch):
+    def makes(source, made, progress):
+        shutil.copy(model[1], made)
 
+    monkeypatch.setattr(formats, "export_gguf", makes)
+    with pytest.raises(RecipeError, match=r"take at least [\d,]+ bytes; give --size (\d+) "):
+        tawny.fit(model[0], tmp_path / "a.gguf", bits=1.0, **KEYS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_and_its_card_are_pushed(fitted, monkeypatch, tmp_path):
     import huggingface_hub
 
     from tawny.report.push import push

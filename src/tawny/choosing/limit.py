@@ -151,7 +151,7 @@ def _bytes(job: Job, sizes: Sizes, target: Target) -> int:
             )
         raise RecipeError(
             f"{job.source} cannot be made as small as {size_words(asked)}: linears, head and what stays as it is "
-            f"take at least {size_words(int(least))}; give --size {int(least)} (or --bits {_up(8 * least / job.parameters)}), "
+            f"take at least {int(least):,} bytes; give --size {int(least)} (or --bits {_up(8 * least / job.parameters)}), "
             "or more"
         )
     return asked

@@ -33,7 +33,7 @@ BLOCKS = "blocks"
 # What commits may add to the time of the work between them.
 SHARE = 0.02
 # In `steps`, what is no loss by itself: parts of what is being made.
-_PASSING = ("blocks", "hidden", "checkpoint", "levels", "finalists", "training", "unpacked")
+_PASSING = ("blocks", "hidden", "checkpoint", "levels", "finalists", "training", "unpacked", "template.gguf")
 
 T = TypeVar("T")
 
