@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import tawny
 from tawny.cli.console import Console
-from tawny.cli.options import Aim, Memory, Model, Out, StartOver
+from tawny.cli.options import OUTPUT, Aim, Memory, Model, StartOver, folder_named, shared
 from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
 from tawny.report.frames import Result, Shown, facts, parts
 from tawny.report.view import finalists, fit_facts
@@ -23,7 +26,10 @@ def fit(
     *,
     given: Given,
     aim: Aim,
-    out: Out,
+    out: Annotated[
+        Path,
+        shared("--out PATH", "Folder to write, or with --to gguf the file.", OUTPUT, parser=folder_named),
+    ],
     memory: Memory = None,
     overwrite: StartOver = False,
 ) -> None:

@@ -132,11 +132,19 @@ class Aim:
 
     size: Annotated[
         str | None,
-        shared("--size SIZE", "Bytes of the weight files and their index, such as 700MB or 4GB.", RECIPE),
+        shared(
+            "--size SIZE",
+            "Bytes of the weight files and their index, or of the GGUF file, such as 700MB or 4GB.",
+            RECIPE,
+        ),
     ] = None
     bits: Annotated[
         float | None,
-        shared("--bits BITS", "Bits for each weight, embeddings and head included, such as 4.25.", RECIPE),
+        shared(
+            "--bits BITS",
+            "The same bytes as bits for each weight, embeddings and head included, such as 4.25.",
+            RECIPE,
+        ),
     ] = None
     speed: Annotated[
         float | None,
@@ -157,7 +165,7 @@ class Aim:
     measured: Annotated[
         Path | None,
         shared(
-            "--measured DIR",
+            "--measured PATH",
             "Reuse what an earlier fit of the same model and text measured.",
             RECIPE,
             parser=path_named,
@@ -176,7 +184,7 @@ class Aim:
         str | None,
         shared(
             "--kinds LIST",
-            "Of gguf: the types that tensors may get, such as q4_k,q5_k,q6_k; of compressed-tensors w4, w8 or bf16, as it is. Default: all.",
+            "Of gguf: the types that tensors may get, such as q4_k,q5_k,q6_k; of compressed-tensors w4, w8 or bf16 (unchanged). Default: all.",
             RECIPE,
         ),
     ] = None
