@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -85,3 +88,11 @@ def test_products_are_in_bfloat16_where_that_is_faster(
     monkeypatch.setattr(torch.backends, "mkldnn", told)
     monkeypatch.setattr("tawny.precision._amx", precision._amx.__wrapped__)
     assert precision._fastest() == expected
+
+
+def test_onednn_keeps_few_shapes_unless_somebody_says_otherwise() -> None:
+    asks = "import os, tawny.precision; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    for given, expected in (({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9"}, "9")):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("ONEDNN")}
+        told = subprocess.check_output([sys.executable, "-c", asks], env={**environment, **given}, text=True)
+        assert told.strip() == expected

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -27,6 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tawny.cpu import asked
 from tawny.errors import NumericalError, RecipeError
 
+# oneDNN keeps what it makes for a product of each shape, about half a megabyte, and reads this when it first multiplies. Its own
+# 1,024 are half a gigabyte where every expert has another number of tokens (docs/log/memory.md). A block has a few dozen shapes.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # The dtypes that can be asked for by name.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
