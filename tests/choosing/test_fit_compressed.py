@@ -86,6 +86,11 @@ def test_kinds_may_be_restricted_and_nothing_is_measured_again(fitted, model, tm
         ({"kinds": "w4,int4"}, RecipeError, "--kinds names 'int4'.*kinds for GPUs.*are bf16, w8, w4"),
         ({"bits": 1.0}, RecipeError, "cannot be made as small as .*give --size"),
         (
+            {"bits": 32.0},
+            RecipeError,
+            r"takes [\d,]+ bytes with nothing rounded.* ask for less, or name the kinds",
+        ),
+        (
             {"template": "a.gguf"},
             RecipeError,
             "--template belongs to --to gguf: leave it out with --to compressed-tensors",

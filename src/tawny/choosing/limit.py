@@ -13,6 +13,7 @@ from tawny.choosing.pace import Pace, ReadPerToken, check_kernels
 from tawny.choosing.sizes import Limit, Sizes
 from tawny.decoding.sequences import bytes_of_text
 from tawny.errors import RecipeError
+from tawny.kinds import solved_kind
 from tawny.model.context import check_context
 from tawny.pruning.prepare import Job
 from tawny.run.memory import parse_size
@@ -154,6 +155,12 @@ def _bytes(job: Job, sizes: Sizes, target: Target) -> int:
             f"take at least {int(least):,} bytes; give --size {int(least)} (or --bits {_up(8 * least / job.parameters)}), "
             "or more"
         )
+    whole = _unrounded(job, sizes)
+    if whole is not None and asked >= whole:
+        raise RecipeError(
+            f"{job.source} takes {int(whole):,} bytes with nothing rounded, which {size_words(asked)} allow: ask for less, or name the "
+            "kinds to round to with --kinds"
+        )
     return asked
 
 
@@ -164,6 +171,19 @@ def _beside_weights(job: Job, context: int) -> int:
     assert job.folder is not None
     check_context(job.stack.model, context)
     return _PROGRAM + bytes_of_text(open_skeleton(job.folder, torch.bfloat16).to("meta"), context)
+
+
+def _unrounded(job: Job, sizes: Sizes) -> float | None:
+    """What a model takes of which every linear stays as it is; None where none may."""
+    floats = [level for level in sizes.levels if not solved_kind(level.kind).scaled]
+    if not floats:
+        return None
+    return (
+        sizes.rest
+        + sizes.of_head(None)
+        + sizes.of_embedding(None)
+        + sum(sizes.linear(x, floats[0]) for x in job.linears)
+    )
 
 
 def smallest(job: Job, limit: Limit, sizes: Sizes) -> float:

@@ -168,7 +168,7 @@ class Table:
         zeros = self.chosen(budget, "zeros and bits by the linear", zeros=True)
         bits = self.chosen(budget, "bits by the linear", zeros=False)
         uniform = self.uniform()
-        if zeros is not None and bits is not None and zeros.expected > (1 - ZEROS_GAIN) * bits.expected:
+        if zeros is not None and bits is not None and zeros.expected >= (1 - ZEROS_GAIN) * bits.expected:
             zeros = None
         if bits is not None and bits.uniform is not None and uniform is not None:
             bits = None
