@@ -75,7 +75,9 @@ def test_kinds_may_be_restricted_and_nothing_is_measured_again(fitted, model, tm
 
     monkeypatch.setattr(module, "measure", None)
     told = tawny.fit(model, tmp_path / "s", bits=8.5, measured=fitted[1], **KEYS, kinds="w4,w8")
-    assert {each["kind"] for each in told.linears.values()} <= {"w4", "w8"}
+    assert {each["kind"] for each in told.linears.values()} == {"w4", "w8"}
+    forms = tawny.inspect(tmp_path / "s").stored
+    assert all(f"int{bits}, groups of" in forms for bits in (4, 8)) and " and " in forms
     told = tawny.fit(model, tmp_path / "large", bits=13, measured=fitted[1], **KEYS)
     assert "bf16" in {each["kind"] for each in told.linears.values()} and told.bytes <= told.budget
 

@@ -125,13 +125,13 @@ class Checkpoint:
 
     @property
     def stored_as(self) -> str:
-        """How most weights are stored, in words: `bfloat16`; of a quantised checkpoint the quantised ones, `int4, groups of 128`."""
+        """How most weights are stored, in words: `bfloat16`; of a quantised checkpoint each form of the quantised ones, `int4, groups of 128`."""
         sizes: Counter[str] = Counter()
         for key in self.coded or self.files:
             own = str(DTYPES.get(self.dtypes[key], self.dtypes[key])).removeprefix("torch.")
             form = self.coded[key].form if key in self.coded else own
             sizes[form] += int(torch.Size(self.shapes[key]).numel())
-        return sizes.most_common(1)[0][0]
+        return " and ".join(form for form, _ in sizes.most_common(None if self.coded else 1))
 
     @property
     def decoding_bytes(self) -> int:
