@@ -374,6 +374,14 @@ def test_inspect_tells_the_file_and_not_its_converted_copy(tmp_path):
     assert told.stored == "GGUF F32 81 %, Q8_0 10 %, Q6_K 10 %, opened as bfloat16"
 
 
+def test_what_is_no_gguf_file_is_said_to_be_none(tmp_path):
+    (tmp_path / "text.gguf").write_text("hi")
+    with pytest.raises(CheckpointError, match="it does not begin with the letters GGUF"):
+        gguf_header.open_gguf(tmp_path / "text.gguf")
+    with pytest.raises(CheckpointError, match="it is a folder"):
+        gguf_header.open_gguf(tmp_path)
+
+
 def test_lists_longer_than_any_tokenizer_has_are_refused(tmp_path, monkeypatch):
     path = write(tmp_path / "m.gguf")
     monkeypatch.setattr(gguf_header, "_MOST_ITEMS", 3 * WORDS)

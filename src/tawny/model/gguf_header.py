@@ -45,8 +45,13 @@ def open_gguf(path: Path) -> Any:
 
 def _check_header(path: Path) -> None:
     """Raise a ValueError where a length in the header is beyond the end of the file, or lists are far too long."""
+    if path.is_dir():
+        raise ValueError("it is a folder")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with the letters GGUF")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if len(data) < 24 or data[:4] != b"GGUF":
+        if len(data) < 24:
             return  # `gguf` says so
         order = "<" if struct.unpack_from("<I", data, 4)[0] & 0xFFFF else ">"
         version, tensors, keys = struct.unpack_from(f"{order}IQQ", data, 4)
