@@ -166,6 +166,7 @@ def test_another_size_takes_what_was_measured(dense, fitted, tmp_path, monkeypat
             "fit.deciding": 4
         },  # of tokens that are given, others are kept back then
         "was not made by": {"measured": tmp_path},
+        "none' is not there": {"measured": tmp_path / "none"},
     }
     for words, keys in refused.items():
         with pytest.raises(RecipeError, match=words):

@@ -57,6 +57,10 @@ def read_measured(folder: Path) -> dict[str, Any]:
     Raises:
         RecipeError: there is no such thing.
     """
+    if not folder.exists() and not unfinished(folder).exists():
+        raise RecipeError(
+            f"measured {str(folder)!r} is not there; give the folder or the GGUF file of an earlier fit"
+        )
     path = folder / MEASURED if folder.is_dir() else folder.with_name(f"{folder.name}.json")
     try:
         kept = json.loads(
