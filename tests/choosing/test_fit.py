@@ -357,6 +357,17 @@ def test_a_fit_of_which_nothing_can_be_made_keeps_what_it_measured(dense, fitted
     assert again.finalists == fitted.finalists and not (tmp_path / "made.partial").exists()
 
 
+def test_a_fit_that_is_stopped_in_a_finalist_says_what_it_keeps(dense, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise Interrupted("stopped by Ctrl-C; the source is untouched and nothing was finished yet")
+
+    monkeypatch.setattr(formats.Packed, "make", stopped)
+    with pytest.raises(
+        Interrupted, match=r"untouched and the results of a fit are kept in .*made\.partial: "
+    ):
+        tawny.fit(dense, tmp_path / "made", bits=8, **KEYS)
+
+
 def test_zeros_are_tried_where_they_promise_enough(job):
     sizes = PackedSize(job)
     budget = size_of(sizes, job, "int3", "int8") - sizes.of_embedding("int8")

@@ -229,7 +229,9 @@ class _Ending:
         changed = ""
         if isinstance(self.source, nn.Module) and self.record.linears:
             changed = f"{len(self.record.linears)} linears of the live model are pruned already: load it anew"
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(
+            error, KeyboardInterrupt | Interrupted
+        ):  # of a run inside this one, what it says is not all
             left = changed or f"the source is untouched and {self._kept}"
             raise Interrupted(f"stopped by Ctrl-C; {left}") from error
         if not isinstance(error, NumericalError | UserError):

@@ -183,7 +183,7 @@ class Journal:
         """`3 finished blocks`, for a person."""
         pruned, profiled, solved = (self.walk(name)[0] for name in ("prune", "profile", LEVELS))
         if not pruned and not profiled and self.state.get("once"):
-            return "the results of a search"
+            return f"the results of a {'fit' if self.state['identity'].get('verb') == 'fit' else 'search'}"
         if (chosen := self.walk(BLOCKS)[0]) and not pruned:
             return f"choices of {chosen} block{'s' * (chosen != 1)}"
         if solved and not pruned:
