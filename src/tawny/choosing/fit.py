@@ -225,6 +225,8 @@ def _fit(
     if earlier is not None:
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
+    for line in warnings:
+        session.run.progress.say(line)
     measured = _measured(session, asked, searched, room.sizes, place.steps)
     keep_measured(place.steps, {"of": of, REACTIONS: journal.state["once"][REACTIONS]})
     # To another folder: `--overwrite` would clear what was measured before a misspelt text is refused.
