@@ -91,8 +91,8 @@ class Student:
         few = self.sparsity < LEAST_SPARSITY
         if few and not (self.smaller or settings.control or settings.values or self.kinds):
             raise ModelError(
-                f"only {self.sparsity:.2%} of the model's prunable weights are zero, so there is no sparsity to keep: prune it "
-                "first (tawny prune); -o control=true trains a dense model to compare with"
+                f"only {self.sparsity:.2%} of the model's prunable weights are zero, so there is no sparsity to keep, and no grid "
+                "of few bits to train through: prune it first (tawny prune); -o control=true trains a dense model to compare with"
             )
         self._handles = attach(self.coordinates)
 
