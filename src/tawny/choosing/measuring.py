@@ -270,6 +270,8 @@ def react_ends(session: Session, size: Sizes, scorer: Scorer) -> dict[str, dict[
     lost: dict[str, dict[str, float]] = {"head": {}, "embedding": {}}
     ends = {"head": size.head, "embedding": size.embedding}
     named = {end: name for end, name in ends.items() if name is not None and size.every_end}
+    if not named:
+        return lost
     session.run.progress.phase("rounding head and embedding", len(named), "matrices")
     stack.logits(samples.tokens[:1, :1], scorer.hidden[:1, :1])  # a head of its own is read now
     for end, name in named.items():
