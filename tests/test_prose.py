@@ -120,7 +120,7 @@ def quotes():
     leads = {file: [100 * values(file, key, name)[0] for name in names for key in ("lead", "lead_stderr")] for file, names in ((q, fit), (f, ["fit:3.5", "fit:3", "fit:2.5"]))}
     speeds = result(q)["speeds"]["cells"]
     decode, prefill = (np.array([speeds[one][key] / speeds[other][key] for one, other in zip(fit, llama, strict=True)]) for key in ("decode_tokens_per_second", "prefill_tokens_per_second"))
-    gguf = ends(cell("gguf_qwen", "fit:Q3_K_M") / cell("gguf_qwen", "llama:Q3_K_M"))
+    gguf, gguf2 = (ends(cell("gguf_qwen", f"fit:{one}") / cell("gguf_qwen", f"llama:{one}")) for one in ("Q3_K_M", "Q2_K"))
     megabytes = {name: some["bytes"] / 1e6 for file in (f, q, e) for name, some in result(file)["cells"].items()}
     small = values(f, "bytes", "fit:6", "llama:Q4_K_M", "fit:4", "llama:Q2_K") / 1e6
     zeros = [cell(file, f"int3:64:0 {solver} 0") / cell(file, f"{half} {solver} 0") for file, half in ((b, "int4:64:0.5"), (bq, "int4:32:0.5")) for solver in ("sparsegpt", "alps")]
@@ -147,7 +147,7 @@ def quotes():
             "Of [# families tried](docs/models.md) as tiny models, # can be pruned and # decode packed": list(map(int, re.findall(r"(\d+) (?:were tried|are pruned|decoded)", page("docs/models.md")))),
         },
         "docs/decision-guide.md": {"[# to # %](results/frontier": ends(top1[0]), "in # % |": top1[1][0], "in # to # % |": ends(top1[2])},
-        "docs/gguf.md": {"has # to # times the KL": gguf},
+        "docs/gguf.md": {"has # to # times the KL": gguf, "and # to # times that of Q2_K": gguf2},
         "docs/why-not-faster.md": {
             "| packed bf16 | 2 × density + 1/8 | # × | # × | # × | # × |": [2 / (2 * d + 1 / 8) for d in (0.5, 0.4, 0.3, 0.2)],
             "| packed int8 | density + 1/8 | # × | # × | # × | # × |": [2 / (d + 1 / 8) for d in (0.5, 0.4, 0.3, 0.2)],
@@ -193,7 +193,7 @@ def quotes():
             "a fit of # MB has # % of the KL of Q4_K_M with an importance matrix** (# MB), and one of # MB has less than Q2_K (# MB)": (small[0], 100 * cell(f, "fit:6")[0] / cell(f, "llama:Q4_K_M")[0], small[1:]),
             "is # ± #, # ± # and # ± # % below that of the best single kind": leads[q],
             "cost # times the KL of `int3` without zeros, in # times its bytes": (cell(f, "bf16::0.5")[0] / cell(f, "int3:32:0")[0], megabytes["bf16::0.5"] / megabytes["int3:32:0"]),
-            "[# to # times its KL](../log/gguf.md)": gguf,
+            "[# to # times its KL](../log/gguf.md), and at those of Q2_K # to # times": [*gguf, *gguf2],
             "their KL is # ± #, # ± # and # ± # % below": leads[f],
             "`--bits 5` reads them # % slower than Q4_K_M, `--bits 4.13` # % slower than Q3_K_M, and `--bits 3.38` # % faster": abs(100 - 100 * prefill),
         },
