@@ -2,18 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "FitDemand",
-    "SearchDemand",
-    "asked_windows",
-    "candidates_at_once",
-    "held_back",
-    "role_of",
-    "searched_factor",
-    "searched_windows",
-    "solver_of_levels",
-]
-
 import math
 import re
 from dataclasses import dataclass, replace

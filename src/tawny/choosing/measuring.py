@@ -17,8 +17,6 @@ solved here. A solver takes about the same share off all of these errors, and sh
 
 from __future__ import annotations
 
-__all__ = ["ASKING", "ask", "few_bits", "in_nats", "measure", "probes_bytes", "react", "react_ends"]
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress

@@ -7,8 +7,6 @@ folder of an earlier fit they are those that it measured. Times are estimates fr
 
 from __future__ import annotations
 
-__all__ = ["FitPlan", "SearchPlan", "plan_fit", "plan_search"]
-
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace

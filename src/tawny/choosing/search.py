@@ -16,8 +16,6 @@ says so.
 
 from __future__ import annotations
 
-__all__ = ["search"]
-
 import itertools
 import math
 import time

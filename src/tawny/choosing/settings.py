@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "FAMILIES",
-    "FitSettings",
-    "SearchSettings",
-    "own_keys",
-    "recipe_of_fit",
-    "seconds_in",
-    "what_is_searched",
-]
-
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -6,8 +6,6 @@ multiplied out from matrix products: both are estimates.
 
 from __future__ import annotations
 
-__all__ = ["RecoveryPlan", "plan_recovery"]
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

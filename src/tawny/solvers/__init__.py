@@ -6,8 +6,9 @@ recipe/catalogue.py lists those that remove whole parts.
 
 from __future__ import annotations
 
+from tawny.calibration.statistics import Needs
 from tawny.solvers.alps import Alps
-from tawny.solvers.base import BlockSolver, Needs, Solution, Solver, energy, reconstruction_error
+from tawny.solvers.base import BlockSolver, Solution, Solver, energy, reconstruction_error
 from tawny.solvers.divergence import Divergence
 from tawny.solvers.experts import ExpertSolver, Fisher, Frequency, Reap
 from tawny.solvers.flap import Flap

@@ -56,10 +56,11 @@ from pydantic import Field
 from torch import Tensor
 
 from tawny.calibration.output import Factor, OutputFactor, diagonal_blocks
+from tawny.calibration.statistics import Needs
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
-from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, energy, input_hessian
+from tawny.solvers.base import Seen, Solution, Solver, Work, energy, input_hessian
 from tawny.solvers.eigenbases import WIDEST, Eigenbases
 from tawny.solvers.grid import Grid, kept_on_grid
 from tawny.solvers.inverse import with_damping

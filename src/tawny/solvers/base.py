@@ -24,27 +24,6 @@ from tawny.patterns import NM, Pattern, Scope, keep_mask, removed_count
 from tawny.solvers.grid import Grid, kept_on_grid
 from tawny.solvers.output import row_roots
 
-__all__ = [
-    "BlockSolver",
-    "Columns",
-    "Damp",
-    "MaskSolver",
-    "Needs",
-    "Seen",
-    "Solution",
-    "Solver",
-    "energy",
-    "input_hessian",
-    "input_norms",
-    "keep_highest",
-    "masked",
-    "on_grid",
-    "reconstruction_error",
-    "require_finite",
-    "sizes",
-]
-
-
 Damp = Annotated[float, Field(ge=0, le=1e6, description="a number in [0, 1e6], such as 0.01")]
 Columns = Annotated[
     int, Field(ge=1, lt=2**31, description="a positive number of columns below 2**31, such as 128")

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from tawny.solvers.base import BlockSolver
 
-__all__ = ["Divergence", "kl"]
-
 
 def kl(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
     """[T]: the Kullback–Leibler divergence Σ p·(log p − log q) of each token, in nats, from log-probabilities."""

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from tawny.solvers.base import BlockSolver
 
-__all__ = ["Influence"]
-
 
 @dataclass(frozen=True)
 class Influence(BlockSolver):

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tawny.calibration.statistics import Needs
 from tawny.patterns import Pattern, Scope
-from tawny.solvers.base import MaskSolver, Needs, keep_highest, require_finite, sizes
+from tawny.solvers.base import MaskSolver, keep_highest, require_finite, sizes
 from tawny.solvers.experts import ExpertSolver, ExpertsSeen
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
 from tawny.solvers.output import roots

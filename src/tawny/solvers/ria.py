@@ -22,8 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tawny.calibration.statistics import Needs
 from tawny.patterns import Pattern, Scope, zeros_first
-from tawny.solvers.base import MaskSolver, Needs, Seen, input_norms, keep_highest
+from tawny.solvers.base import MaskSolver, Seen, input_norms, keep_highest
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from tawny.calibration.output import Factor, OutputFactor
+from tawny.calibration.statistics import Needs
 from tawny.errors import check_option
 from tawny.patterns import (
     NM,
@@ -45,7 +46,7 @@ from tawny.patterns import (
     rows_removed,
     zeros_first,
 )
-from tawny.solvers.base import Columns, Damp, Needs, Seen, Solution, Solver, input_hessian, require_finite
+from tawny.solvers.base import Columns, Damp, Seen, Solution, Solver, input_hessian, require_finite
 from tawny.solvers.grid import Grid, Rounding, kept_on_grid
 from tawny.solvers.inverse import with_damping
 from tawny.solvers.output import row_roots

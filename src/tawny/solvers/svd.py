@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from tawny.calibration.output import OutputFactor
+from tawny.calibration.statistics import Needs
 from tawny.errors import NumericalError
 from tawny.patterns import Pattern, Scope
-from tawny.solvers.base import Damp, Needs, Seen, Solution, Solver, input_hessian
+from tawny.solvers.base import Damp, Seen, Solution, Solver, input_hessian
 from tawny.solvers.grid import Grid
 
 

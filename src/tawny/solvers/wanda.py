@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tawny.calibration.statistics import Needs
 from tawny.patterns import Pattern, Scope, Unstructured, keep_mask_rows, zeros_first
-from tawny.solvers.base import MaskSolver, Needs, Seen, input_norms, keep_highest, require_finite, sizes
+from tawny.solvers.base import MaskSolver, Seen, input_norms, keep_highest, require_finite, sizes
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
 from tawny.solvers.output import roots
 
