@@ -143,7 +143,7 @@ def _rounded(
     """The errors of one linear, and its probe."""
     job = block.job
     W_OI = job.stack.weight(linear)
-    known = block.known(linear, statistics.get(linear.name))
+    known = block.known(linear, statistics.get(linear.name), None)
     assert known is not None and known.hessian is not None
     H_II = known.hessian
     W_RI = W_OI[:: max(1, linear.shape[0] // _ROWS)].contiguous()

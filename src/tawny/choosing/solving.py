@@ -296,12 +296,8 @@ def _weights(
 ) -> Iterator[_Solution]:
     """Each linear without some of its weights."""
     for linear in stage.linears:
-        W_OI, seen = block.job.stack.weight(linear), statistics.get(linear.name)
-        known = block.known(linear, seen)
-        if known is not seen:
-            block.session.record.warnings.append(
-                f"{linear.name} saw no calibration token while allocations were tried"
-            )
+        W_OI = block.job.stack.weight(linear)
+        known = block.known(linear, statistics.get(linear.name), " while allocations were tried")
         for number, level in wanted.levels[linear.name].items():
             yield linear, number, block.solution(linear, W_OI, known, level.sparsity)[0].weight
 

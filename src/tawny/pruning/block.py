@@ -173,9 +173,6 @@ class PrunedBlock:
         known = self.known(linear, statistics)
         if known is not statistics:
             notes["tokens"] = 0
-            session.record.warnings.append(
-                f"{linear.name} saw no calibration token; its weights alone decided"
-            )
         session.run.progress.detail(
             f"solving {linear.name.removeprefix(job.stack.name(self.index) + '.')}", 0, 0
         )
@@ -248,9 +245,17 @@ class PrunedBlock:
         kinds = {name: kind_of(kind) for name, kind in named.items() if kind is not None}
         return {name: (kind, group) for name, kind in kinds.items() if kind.bits < 8}
 
-    def known(self, linear: Linear, statistics: Statistics | None) -> Statistics | None:
-        """What a solve goes by: the statistics, or blind ones for an expert that no token was routed to."""
+    def known(
+        self, linear: Linear, statistics: Statistics | None, so: str | None = "; its weights alone decided"
+    ) -> Statistics | None:
+        """What a solve goes by: the statistics, or blind ones for an expert that no token was routed to.
+
+        Args:
+            so: how the warning of blind ones ends; None: there is none.
+        """
         if statistics is not None and statistics.tokens == 0:
+            if so is not None:
+                self.session.record.warnings.append(f"{linear.name} saw no calibration token{so}")
             return blind_statistics(linear.shape[1], self.job.needs, self.job.stack.look(linear).device)
         return statistics
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError
 from tawny.model.couplings import Coupling
-from tawny.model.linears import Linear
 from tawny.pruning.block import PrunedBlock
 from tawny.solvers.base import Seen
 from tawny.solvers.members import Chosen, Coupled, Producer
@@ -62,7 +61,7 @@ def solve_members(block: PrunedBlock, coupling: Coupling, statistics: Mapping[st
 
 def seen_by(block: PrunedBlock, coupling: Coupling, statistics: Mapping[str, Statistics]) -> dict[str, Seen]:
     """What a solve goes by, of each linear."""
-    return {linear.name: _known(block, linear, statistics) for linear in coupling.linears}
+    return {linear.name: block.known(linear, statistics.get(linear.name)) for linear in coupling.linears}
 
 
 def without_members(
@@ -88,16 +87,6 @@ def without_members(
     if bias_O is not None and chosen.shift is not None:
         biases[consumer.name] = bias_O + chosen.shift
     return Without(chosen, weights, biases)
-
-
-def _known(block: PrunedBlock, linear: Linear, statistics: Mapping[str, Statistics]) -> Seen:
-    seen = statistics.get(linear.name)
-    known = block.known(linear, seen)
-    if known is not seen:
-        block.session.record.warnings.append(
-            f"{linear.name} saw no calibration token; its weights alone decided"
-        )
-    return known
 
 
 def _choose(
