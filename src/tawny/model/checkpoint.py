@@ -444,8 +444,4 @@ def computed_in(folder: Path) -> torch.dtype:
 
 def is_packed(folder: Path) -> bool:
     """True for a folder that `tawny pack` wrote."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == METHOD)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    return (settings_of(folder) or {}).get("quant_method") == METHOD

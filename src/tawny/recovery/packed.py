@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from tawny.evaluation.sources import reads_on
 from tawny.kinds import kind_of, solved_kind, trained_kind
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.identity import source_identity, tensor_digest
+from tawny.model.quantised import settings_of
 from tawny.model.source import load_tokenizer
 from tawny.packed.convert import pack, solved_for, unpack
 from tawny.packed.folder import PackedFolder
@@ -163,8 +163,8 @@ def recover_packed(request: RecoveryRequest, folder: Path, out: Path) -> Recover
 
 def _packing(folder: Path) -> dict[str, Any]:
     """How a folder was packed."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    packing: dict[str, Any] = config["quantization_config"]
+    packing = settings_of(folder)
+    assert packing is not None
     return packing
 
 
