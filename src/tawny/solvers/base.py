@@ -166,7 +166,22 @@ class MaskSolver(Solver, Protocol):
         ...
 
 
-class BlockSolver(Protocol):
+class WholeSolver(Protocol):
+    """What removes parts of a model as a whole: no weight is solved for, so neither work nor the output counts."""
+
+    output: ClassVar[Factor] = "none"
+    default_output: ClassVar[Factor] = "none"
+
+    def work(self, out: int, width: int, output: Factor = "none") -> Work:
+        """Zeros and cuts cost nothing."""
+        return Work(tall=0.0, square=0.0)
+
+    def rounding(self, out: int, width: int, output: Factor = "none") -> Work:
+        """No survivor is rounded."""
+        return Work(tall=0.0, square=0.0)
+
+
+class BlockSolver(WholeSolver, Protocol):
     """What says how far a block that leaves takes the model from where it was; a new one is a file and an entry of BLOCK_SOLVERS.
 
     A block that leaves passes on what it receives. Which of them leave is decided one after another in pruning/blocks.py; a
@@ -179,8 +194,6 @@ class BlockSolver(Protocol):
 
     needs: ClassVar[Needs] = "none"
     compares: ClassVar[Literal["block", "logits"]]
-    output: ClassVar[Factor] = "none"
-    default_output: ClassVar[Factor] = "none"
 
     @property
     def tokens(self) -> int:
@@ -191,14 +204,6 @@ class BlockSolver(Protocol):
     def again(self) -> int:
         """How many blocks, those that came off best, are compared anew after each one that left; 0: all are taken by one look."""
         return 0
-
-    def work(self, out: int, width: int, output: Factor = "none") -> Work:
-        """Zeros cost nothing."""
-        return Work(tall=0.0, square=0.0)
-
-    def rounding(self, out: int, width: int, output: Factor = "none") -> Work:
-        """No survivor is rounded."""
-        return Work(tall=0.0, square=0.0)
 
     def workspace(self, out: int, width: int, output: Factor = "none") -> int:
         """Bytes to remove a linear, beside its stored copy."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from tawny.calibration.output import Factor
 from tawny.calibration.statistics import Needs
 from tawny.errors import NumericalError
-from tawny.solvers.base import Work
+from tawny.solvers.base import WholeSolver
 
 # Tokens and the experts that are gone → the experts `[N, K]` picked for them and their gates `[N, K]`.
 Route = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -41,7 +41,7 @@ class ExpertsSeen:
     left: Tensor
 
 
-class ExpertSolver(Protocol):
+class ExpertSolver(WholeSolver, Protocol):
     """What scores whole experts.
 
     Attributes:
@@ -51,16 +51,6 @@ class ExpertSolver(Protocol):
 
     needs: ClassVar[Needs] = "norms"
     asks_output: ClassVar[bool] = False
-    output: ClassVar[Factor] = "none"
-    default_output: ClassVar[Factor] = "none"
-
-    def work(self, out: int, width: int, output: Factor = "none") -> Work:
-        """Cutting costs nothing."""
-        return Work(tall=0.0, square=0.0)
-
-    def rounding(self, out: int, width: int, output: Factor = "none") -> Work:
-        """No survivor is rounded."""
-        return Work(tall=0.0, square=0.0)
 
     def workspace(self, out: int, width: int, output: Factor = "none") -> int:
         """Bytes to cut an expert's matrix, beside its stored copy."""
