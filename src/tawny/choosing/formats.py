@@ -44,7 +44,7 @@ from tawny.run.place import accepts_checkpoint
 
 
 class Format(Protocol):
-    """The interface.
+    """The interface; what a format leaves as it is here is that of a folder.
 
     Attributes:
         version: what measures belong to, beside model, recipe and text.
@@ -54,7 +54,7 @@ class Format(Protocol):
 
     def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
         """Raise an OutputError unless `out` is free, or may be replaced."""
-        ...
+        accepts_checkpoint(out, overwrite, continued)
 
     def known(self, settings: FitSettings, job: Job) -> Sizes | None:
         """What is known of sizes before any work; None where a file tells them that is yet to be made.
@@ -73,7 +73,9 @@ class Format(Protocol):
         Raises:
             ModelError: it takes such a file.
         """
-        ...
+        sizes = self.known(settings, job)
+        assert sizes is not None
+        return sizes
 
     def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
         """Prune the source, unless that is done; returns the bytes of the files that it becomes.
@@ -86,7 +88,7 @@ class Format(Protocol):
 
     def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
         """Make what was made in a folder the output."""
-        ...
+        deliver_packed(session, fitted, folder, measured)
 
 
 @final
@@ -95,22 +97,13 @@ class Packed(Format):
 
     version = {"packed format": format.VERSION}
 
-    def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
-        accepts_checkpoint(out, overwrite, continued)
-
     def known(self, settings: FitSettings, job: Job) -> Sizes | None:
-        return PackedSize(job)
-
-    def sizes(self, job: Job, settings: FitSettings, work: Path | None, progress: Progress) -> Sizes:
         return PackedSize(job)
 
     def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
         if not folder.exists():
             prune_and_pack(source, folder, progress=progress, **keys)
         return file_bytes(folder) + (folder / INDEX).stat().st_size
-
-    def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
-        deliver_packed(session, fitted, folder, measured)
 
 
 @final
@@ -164,9 +157,6 @@ class CompressedTensors(Format):
 
     version = {"format": TARGET}
 
-    def accepts(self, out: Path, overwrite: bool, continued: bool) -> None:
-        accepts_checkpoint(out, overwrite, continued)
-
     def known(self, settings: FitSettings, job: Job) -> Sizes | None:
         kinds = kinds_named(settings.kinds, kinds_of(job), "kinds for GPUs, and that of the weights,")
         return CompressedSize(job, kinds, fused(job.stack))
@@ -174,9 +164,7 @@ class CompressedTensors(Format):
     def sizes(self, job: Job, settings: FitSettings, work: Path | None, progress: Progress) -> Sizes:
         for line in off_tiles(job):
             progress.say(line)
-        sizes = self.known(settings, job)
-        assert sizes is not None
-        return sizes
+        return super().sizes(job, settings, work, progress)
 
     def make(self, source: Path, sizes: Sizes, folder: Path, progress: Progress, **keys: Any) -> int:
         if not folder.exists():
@@ -187,7 +175,7 @@ class CompressedTensors(Format):
         return file_bytes(made)
 
     def deliver(self, session: Session, fitted: Fitted, folder: Path, measured: Mapping[str, Any]) -> None:
-        deliver_packed(session, fitted, folder.with_suffix(".tensors"), measured)
+        super().deliver(session, fitted, folder.with_suffix(".tensors"), measured)
 
 
 def check_aim(settings: FitSettings, target: Target) -> None:
