@@ -88,15 +88,7 @@ class Checkpoint:
     zero_biases = False
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self.places: dict[str, TensorEntry] = {}
-        self.coded: dict[str, Coded] = {}
-        self.units: list[Unit] = []
-        self._parameters: set[str] = set()
-        self._parts: dict[str, tuple[Path, TensorEntry]] = {}
+        self._begin(folder)
         for path in weight_paths(folder):
             for key, entry in sorted(entries(path).items()):  # of which what is copied keeps the order
                 self.files[key] = path
@@ -106,6 +98,18 @@ class Checkpoint:
         settings = settings_of(folder)
         if settings is not None and settings.get("quant_method") != METHOD:
             self._decode(settings)
+
+    def _begin(self, folder: Path) -> None:
+        """No tensor is known yet."""
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.places: dict[str, TensorEntry] = {}
+        self.coded: dict[str, Coded] = {}
+        self.units: list[Unit] = []
+        self._parameters: set[str] = set()
+        self._parts: dict[str, tuple[Path, TensorEntry]] = {}
 
     def _decode(self, settings: Mapping[str, Any]) -> None:
         """Put the float tensors of a quantised checkpoint in the place of those it stores."""

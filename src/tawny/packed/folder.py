@@ -457,16 +457,8 @@ class PackedCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self._begin(folder)
         self.packed = PackedFolder(folder)
-        self.files = {}
-        self.shapes = {}
-        self.dtypes = {}
-        self.places = {}
-        self.coded = {}
-        self.units = []
-        self._parameters = set()
-        self._parts = {}
         for part in self.packed.source:
             for key, entry in part.entries().items():
                 self.shapes[key] = tuple(entry["shape"])
