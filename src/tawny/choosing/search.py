@@ -24,7 +24,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -256,10 +255,7 @@ def _level_store(session: Session, space: SparsitySpace) -> Iterator[LevelStore]
     journal, dtype, count = session.run.journal, level_dtype(session.job.stack), len(space.levels)
     size = space.bytes_in(dtype)
     with ExitStack() as leaving:
-        if session.place is None or journal.folder is None:
-            folder = Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
-        else:
-            folder = session.place.steps
+        folder = journal.steps(leaving)
         session.run.progress.say(
             f"the search solves each linear at {count} level{'s' * (count > 1)} from {space.told(space.low)} to "
             f"{space.told(space.high)}: {size / 1e9:.2g} GB in {folder} until it is over"

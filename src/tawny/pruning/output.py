@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import final
 
 import torch
@@ -47,10 +46,7 @@ def asking_output(session: Session, factor: Factor) -> Iterator[Session]:
         yield session
         return
     with contextlib.ExitStack() as leaving:
-        if run.journal.folder is None:
-            folder = Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
-        else:
-            folder = run.journal.folder / "steps" / _NAME
+        folder = run.journal.steps(leaving) / _NAME
         if run.ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
         samples = session.samples

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import torch
@@ -182,7 +181,9 @@ def open_session(
         if run.journal.folder is not None and place is not None:
             _begin(run, place, record, samples, held_out)
         if placement is not None and placement.spill:
-            run = replace(run, hidden=_hidden(run, place, leaving))
+            hidden = run.journal.steps(leaving) / "hidden"
+            hidden.mkdir(parents=True, exist_ok=True)
+            run = replace(run, hidden=hidden)
         ending.begun = True
         output = (
             None
@@ -197,15 +198,6 @@ def open_session(
                     place.discard()
                 raise
         ranks.close()
-
-
-def _hidden(run: Run, place: Workplace | None, leaving: ExitStack) -> Path:
-    """The folder of hidden states that are not kept in memory."""
-    if place is None or run.journal.folder is None:
-        return Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
-    folder = place.steps / "hidden"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @final

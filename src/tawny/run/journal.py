@@ -15,7 +15,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, final
 
 from tawny.errors import OutputError
@@ -25,7 +27,7 @@ from tawny.model.streams import Stream
 from tawny.process_group import ProcessGroup
 from tawny.run.ranks import Ranks
 
-JOURNAL = "journal.json"
+JOURNAL, STEPS = "journal.json", "steps"
 _VERSION = 3
 # The walk of a search, which solves at several levels; and the choice of whole blocks that leave.
 LEVELS = "levels"
@@ -64,6 +66,12 @@ class Journal:
             # Hidden states of the others belong in folders that rank 0 has made.
             ranks.wait()
 
+    def steps(self, leaving: ExitStack) -> Path:
+        """The folder of what steps make; where nothing is kept, one that goes with `leaving`."""
+        if self.folder is None:
+            return Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
+        return self.folder / STEPS
+
     # --- the file ----------------------------------------------------------------------------------------------
 
     def load(self) -> None:
@@ -82,7 +90,7 @@ class Journal:
             if _checksum(state) != whole["sha256"]:
                 raise ValueError("its checksum does not fit")
         except (FileNotFoundError, NotADirectoryError):
-            steps = self.folder / "steps"
+            steps = self.folder / STEPS
             if left := [
                 path for name in ("blocks", "hidden") for path in (steps / name).glob("*.safetensors")
             ]:
@@ -169,7 +177,7 @@ class Journal:
         """Whether anything is finished that would be lost."""
         if self._walks or self.state.get("once"):
             return True
-        steps = None if self.folder is None or not self.found else self.folder / "steps"
+        steps = None if self.folder is None or not self.found else self.folder / STEPS
         if steps is None or not steps.is_dir():
             return False
         whole = (path for path in steps.iterdir() if path.suffix not in (".partial", ".tmp"))
@@ -215,7 +223,7 @@ class Journal:
     @property
     def _hidden(self) -> Path:
         assert self.folder is not None
-        return self.folder / "steps" / "hidden"
+        return self.folder / STEPS / "hidden"
 
     def walk(self, name: str) -> tuple[int, dict[str, Any]]:
         """How many blocks a walk has finished, and what it had found by then."""

@@ -28,10 +28,10 @@ from tawny.model import durable
 from tawny.model.companions import companions
 from tawny.model.durable import locked, writing
 from tawny.model.source import resolve
-from tawny.run.journal import JOURNAL, Journal
+from tawny.run.journal import JOURNAL, STEPS, Journal
 
-_LOCK, _REPLACED, _STEPS = "lock", "replaced", "steps"
-_OURS = {JOURNAL, f"{JOURNAL}.tmp", _LOCK, _REPLACED, _STEPS}
+_LOCK, _REPLACED = "lock", "replaced"
+_OURS = {JOURNAL, f"{JOURNAL}.tmp", _LOCK, _REPLACED, STEPS}
 # Folders beside OUT in which earlier versions kept a journal of what they had not finished.
 _EARLIER = ("recovery", "unpacked", "stages", "dense.partial")
 
@@ -132,7 +132,7 @@ class Workplace:
 
     def __init__(self, out: Path, accepts: Accepts = accepts_checkpoint) -> None:
         self.out, self.path = named(out), unfinished(out)
-        self.steps = self.path / _STEPS
+        self.steps = self.path / STEPS
         self.journal = Journal(None)
         self._accepts = accepts
         self._overwrite = self._claimed = self._begun = False
@@ -308,7 +308,7 @@ class Workplace:
         if (self.path / JOURNAL).exists():
             with contextlib.suppress(OutputError):
                 Journal(self.path).start(discarding=True)
-        for name in (_STEPS, _REPLACED):
+        for name in (STEPS, _REPLACED):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (f"{JOURNAL}.tmp", JOURNAL):
             (self.path / name).unlink(missing_ok=True)
