@@ -306,13 +306,3 @@ def test_a_run_that_died_as_it_was_delivered_is_over(tmp_path):
     with pytest.raises(OutputError, match="out exists"):
         Workplace(tmp_path / "out").claim()
     assert not place.path.exists()
-
-
-@pytest.mark.parametrize("ending", ["recovery", "unpacked", "stages", "dense.partial"])
-def test_a_run_that_an_earlier_version_began_is_named(tmp_path, ending):
-    earlier = tmp_path / f"out.{ending}"
-    earlier.mkdir()
-    (earlier / JOURNAL).write_text("{}")
-    with pytest.raises(OutputError, match=rf"{ending} holds a run that an earlier version of Tawny began"):
-        Workplace(tmp_path / "out").claim()
-    assert [path.name for path in tmp_path.iterdir()] == [earlier.name]

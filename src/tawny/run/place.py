@@ -32,8 +32,6 @@ from tawny.run.journal import JOURNAL, STEPS, Journal
 
 _LOCK, _REPLACED = "lock", "replaced"
 _OURS = {JOURNAL, f"{JOURNAL}.tmp", _LOCK, _REPLACED, STEPS}
-# Folders beside OUT in which earlier versions kept a journal of what they had not finished.
-_EARLIER = ("recovery", "unpacked", "stages", "dense.partial")
 
 T = TypeVar("T")
 
@@ -191,13 +189,6 @@ class Workplace:
                     "--overwrite to discard it"
                 )
             return False
-        for ending in _EARLIER:
-            earlier = self.out.with_name(f"{self.out.name}.{ending}")
-            if (earlier / JOURNAL).is_file():
-                raise OutputError(
-                    f"{earlier} holds a run that an earlier version of Tawny began: finish it with that version, or move the "
-                    "folder away"
-                )
         try:
             journal.load()
         except OutputError:
