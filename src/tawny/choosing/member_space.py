@@ -85,10 +85,6 @@ class MemberSpace(Space):
         unit = self._finest
         return f"{unit.removed(level) / unit.members:.1%}"
 
-    def excess(self, levels: Levels) -> int:
-        """Weights that are removed beyond those of level 0 everywhere."""
-        return self._beyond(self._of_units(levels))
-
     def allocation(self, levels: Levels) -> Allocation:
         """Whole members that meet the budget to one of the smallest; couplings of these share what levels leave over."""
         own = self._of_units(levels)

@@ -124,10 +124,6 @@ class WeightSpace(Space):
             return f"{self.pattern.n - level}:{self.pattern.m}"
         return f"{self.sparsity(0, level):.1%}" if self.linears else "0%"
 
-    def excess(self, levels: Levels) -> int:
-        """Weights that are removed beyond the budget."""
-        return sum(level * step for level, step in zip(levels, self.steps, strict=True))
-
     def allocation(self, levels: Levels) -> Allocation:
         """Sparsities that meet the budget to the weight (n:m: to what whole steps allow)."""
         raw = {x.name: self.sparsity(i, levels[i]) for i, x in enumerate(self.linears)}
