@@ -36,7 +36,7 @@ from tawny.choosing.limit import Room, Target, check_target, room_for
 from tawny.choosing.measuring import ASKING, ask, few_bits, measure, probes_bytes, react, react_ends
 from tawny.choosing.pace import Pace, measured_pace
 from tawny.choosing.scores import Scores
-from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
+from tawny.choosing.settings import FitSettings, what_is_fitted
 from tawny.choosing.sizes import Sizes
 from tawny.choosing.solving import WALK, LevelStore, level_dtype
 from tawny.choosing.table import Table
@@ -130,15 +130,8 @@ def fit(
     refuse_several("a fit")
     target = Target.of(size, bits, speed, ram, context)
     named, given = text_or_tokens(calibration)
-    of_recipe, own = own_keys({**named, **keys}, "fit")
-    options = {
-        "to": to,
-        "quick": quick,
-        "kinds": kinds,
-        "template": None if template is None else str(template),
-    }
-    own |= {key: value for key, value in options.items() if value is not None}
-    recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
+    options = {"to": to, "quick": quick, "kinds": kinds, "template": template}
+    recipe, settings = what_is_fitted(recipe, settings, {**named, **keys}, **options)
     check_aim(settings, target)
     earlier = None if measured is None else read_measured(Path(measured))
     with open_session(

@@ -28,7 +28,7 @@ from tawny.choosing.limit import Target, room_for, smallest
 from tawny.choosing.measuring import few_bits, probes_bytes
 from tawny.choosing.member_space import space_of
 from tawny.choosing.pace import measured_pace
-from tawny.choosing.settings import FitSettings, SearchSettings, own_keys, recipe_of_fit, what_is_searched
+from tawny.choosing.settings import FitSettings, SearchSettings, what_is_fitted, what_is_searched
 from tawny.choosing.sizes import Sizes
 from tawny.choosing.solving import level_dtype
 from tawny.choosing.table import Finalist, Table
@@ -106,10 +106,7 @@ def plan_fit(
         UserError: as `fit` would, for everything that can be known without work.
     """
     target = Target.of(size, bits, speed, ram, context)
-    of_recipe, own = own_keys(keys, "fit")
-    options = {"to": to, "kinds": kinds, "template": None if template is None else str(template)}
-    own |= {key: value for key, value in options.items() if value is not None}
-    recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
+    recipe, settings = what_is_fitted(recipe, settings, keys, to=to, kinds=kinds, template=template)
     known = None if measured is None else Measured.kept_in(read_measured(Path(measured)))
     job = prepare(recipe, source, progress, recipe.device)
     check_aim(settings, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -128,7 +129,7 @@ class FitSettings:
         return settings
 
 
-def own_keys(keys: Mapping[str, Any], verb: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _own_keys(keys: Mapping[str, Any], verb: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keys of the recipe, and those of a verb without their `search.` or `fit.`."""
     begins = f"{verb}."
     own = {key.removeprefix(begins): value for key, value in keys.items() if key.startswith(begins)}
@@ -154,7 +155,16 @@ def seconds_in(time: str | float | None, key: str) -> float | None:
     return float(read[1]) * _UNITS[read[2] or "s"]
 
 
-def recipe_of_fit(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
+def what_is_fitted(
+    recipe: Recipe | None, settings: FitSettings | None, keys: Mapping[str, Any], **options: Any
+) -> tuple[Recipe, FitSettings]:
+    """The recipe and the settings of a fit; `keys` are of both, and an option that is None is unset."""
+    of_recipe, own = _own_keys(keys, "fit")
+    own |= {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
+    return _recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
+
+
+def _recipe_of_fit(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
     """The recipe of all that is not chosen here."""
     merged = resolve_recipe(recipe, **{"sparsity": 0.0, "allocator": "uniform", **keys})
     chosen = {
@@ -183,7 +193,7 @@ def what_is_searched(
     recipe: Recipe | None, settings: SearchSettings | None, keys: Mapping[str, Any]
 ) -> tuple[Recipe, SearchSettings]:
     """The recipe of what is pruned in a search, and how it searches; `keys` are of both."""
-    of_recipe, own = own_keys(keys, "search")
+    of_recipe, own = _own_keys(keys, "search")
     if of_recipe.get("allocator") is not None:
         raise RecipeError("a search finds the allocation itself: leave the allocator out")
     recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
