@@ -15,7 +15,7 @@ from tawny.model.checkpoint import INDEX, is_packed, weight_paths
 from tawny.model.companions import check_inside
 from tawny.packed.folder import PackedFolder
 from tawny.progress import Progress, silent
-from tawny.record import weight_files
+from tawny.record import record_in, weight_files
 from tawny.report.card import CARD, front_matter
 
 _LEFT_OUT = (".partial", ".new", ".tmp", ".old", ".lock")
@@ -137,11 +137,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is unfinished; run the same `tawny prune` again to complete it first"
         )
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or "record_version" not in record:
+    record = record_in(folder)
+    if not record:
         raise CheckpointError(
             f"{folder} has no run.json of Tawny; only what `tawny prune` wrote can be pushed"
         )
