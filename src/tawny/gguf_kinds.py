@@ -26,7 +26,6 @@ class GGUFKind:
 
     Attributes:
         type: GGUF's name for it.
-        file_type: what `general.file_type` calls a file of it.
         help: one line for a person who chooses.
         block, group: columns of a block and of a group; the width of a weight is a multiple of `block`.
         levels: ascending; their places are the codes.
@@ -40,7 +39,6 @@ class GGUFKind:
 
     name: str
     type: str
-    file_type: int
     help: str
     block: int
     group: int
@@ -173,7 +171,6 @@ _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 def _kind(
     type: str,
-    file_type: int,
     help: str,
     columns: tuple[int, int],
     levels: Iterable[int],
@@ -182,41 +179,41 @@ def _kind(
     **more: Any,
 ) -> GGUFKind:
     places = tuple(parts.split())
-    return GGUFKind(type.lower(), type, file_type, help, *columns, tuple(levels), places, error, **more)
+    return GGUFKind(type.lower(), type, help, *columns, tuple(levels), places, error, **more)
 
 
 # The file of a folder that holds what was solved for GGUF: safetensors of `LINEAR.KIND`.
 ENCODED = "gguf.blocks"
 _K, _SMALL, _FINE = (256, 32), (32, 32), (256, 16)
 _ROWS = (
-    _kind("Q8_0", 7, "nearly nothing is lost", _SMALL, range(-127, 128), "d 0:8:32", 0.006),
+    _kind("Q8_0", "nearly nothing is lost", _SMALL, range(-127, 128), "d 0:8:32", 0.006),
     _kind(
-        "Q6_K", 18, "little is lost", _FINE, range(-32, 32), "0:4:64 4:2:32 scales d", 0.02,
+        "Q6_K", "little is lost", _FINE, range(-32, 32), "0:4:64 4:2:32 scales d", 0.02,
         scales=(-128, 127), narrow="q8_0",
     ),
-    _kind("Q5_1", 9, "as Q5_0, with a minimum", _SMALL, range(32), "d dmin 4:1:1 0:4:16", 0.08, minima=1),
+    _kind("Q5_1", "as Q5_0, with a minimum", _SMALL, range(32), "d dmin 4:1:1 0:4:16", 0.08, minima=1),
     _kind(
-        "Q5_K", 17, "five bits", _K, range(32), "d dmin scales 4:1:32 0:4:32", 0.08,
+        "Q5_K", "five bits", _K, range(32), "d dmin scales 4:1:32 0:4:32", 0.08,
         scales=(0, 63), minima=63, narrow="q5_1",
     ),
-    _kind("Q5_0", 8, "five bits, of any width", _SMALL, range(-16, 16), "d 4:1:1 0:4:16", 0.1),
-    _kind("Q4_1", 3, "as Q4_0, with a minimum", _SMALL, range(16), "d dmin 0:4:16", 0.3, minima=1),
+    _kind("Q5_0", "five bits, of any width", _SMALL, range(-16, 16), "d 4:1:1 0:4:16", 0.1),
+    _kind("Q4_1", "as Q4_0, with a minimum", _SMALL, range(16), "d dmin 0:4:16", 0.3, minima=1),
     _kind(
-        "Q4_K", 15, "four bits", _K, range(16), "d dmin scales 0:4:32", 0.3,
+        "Q4_K", "four bits", _K, range(16), "d dmin scales 0:4:32", 0.3,
         scales=(0, 63), minima=63, narrow="q5_0",
     ),
-    _kind("IQ4_NL", 25, "four bits with unequal steps, of any width", _SMALL, _NONLINEAR, "d 0:4:16", 0.25),
-    _kind("Q4_0", 2, "four bits, the quickest on many machines", _SMALL, range(-8, 8), "d 0:4:16", 0.35),
+    _kind("IQ4_NL", "four bits with unequal steps, of any width", _SMALL, _NONLINEAR, "d 0:4:16", 0.25),
+    _kind("Q4_0", "four bits, the quickest on many machines", _SMALL, range(-8, 8), "d 0:4:16", 0.35),
     _kind(
-        "IQ4_XS", 30, "as IQ4_NL, smaller", _K, _NONLINEAR, "d scales 0:4:16", 0.27,
+        "IQ4_XS", "as IQ4_NL, smaller", _K, _NONLINEAR, "d scales 0:4:16", 0.27,
         scales=(-32, 31), narrow="iq4_nl",
     ),
     _kind(
-        "Q3_K", 12, "three bits", _FINE, range(-4, 4), "2:1:32 0:2:32 scales d", 1.2,
+        "Q3_K", "three bits", _FINE, range(-4, 4), "2:1:32 0:2:32 scales d", 1.2,
         scales=(-32, 31), narrow="iq4_nl",
     ),
     _kind(
-        "Q2_K", 10, "two bits", _FINE, range(4), "scales 0:2:32 d dmin", 4.0,
+        "Q2_K", "two bits", _FINE, range(4), "scales 0:2:32 d dmin", 4.0,
         scales=(0, 15), minima=15, narrow="iq4_nl",
     ),
 )  # fmt: skip

@@ -43,7 +43,6 @@ def solved_levels(
         job=job,
         samples=samples,
         held_out=None,
-        placement=None,
         place=None,
         output=None,
         record=Record(),

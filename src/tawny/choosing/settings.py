@@ -88,8 +88,17 @@ class SearchSettings:
 
     @property
     def seconds(self) -> float | None:
-        """The budget: `90s`, `10m`, `1.5h` or a number of seconds."""
-        return seconds_in(self.budget, "search.budget")
+        """The budget: `90s`, `10m`, `1.5h` or a number of seconds.
+
+        Raises:
+            RecipeError: it is no time.
+        """
+        if self.budget is None:
+            return None
+        read = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", str(self.budget))
+        if not read:
+            raise RecipeError(f"search.budget is {self.budget!r}; expected a time such as 90s, 10m or 1.5h")
+        return float(read[1]) * _UNITS[read[2] or "s"]
 
 
 @dataclass(frozen=True)
@@ -139,20 +148,6 @@ def _own_keys(keys: Mapping[str, Any], verb: str) -> tuple[dict[str, Any], dict[
 def _validated(cls: type[_S], verb: str, base: Any, keys: Mapping[str, Any]) -> _S:
     given = {key: value for key, value in keys.items() if value is not None}
     return checked(cls, {**(asdict(base) if base else {}), **given}, f"{verb} key", verb)
-
-
-def seconds_in(time: str | float | None, key: str) -> float | None:
-    """`90s`, `10m`, `1.5h` or a number of seconds.
-
-    Raises:
-        RecipeError: it is no time.
-    """
-    if time is None:
-        return None
-    read = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", str(time))
-    if not read:
-        raise RecipeError(f"{key} is {time!r}; expected a time such as 90s, 10m or 1.5h")
-    return float(read[1]) * _UNITS[read[2] or "s"]
 
 
 def what_is_fitted(

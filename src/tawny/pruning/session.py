@@ -85,7 +85,6 @@ class Session:
     Attributes:
         samples: calibration; None where nothing is calibrated.
         held_out: windows of the text that calibration leaves, where the purpose asks for them.
-        placement: what is kept in memory and what on disk; None where nothing was placed.
         place: where it writes; None where nothing is written.
         output: what writes a checkpoint there, in the first process.
         factors: what the model's output feels of each linear; of none where it was not asked.
@@ -97,7 +96,6 @@ class Session:
     job: Job
     samples: Samples | None
     held_out: Tensor | None
-    placement: Placement | None
     place: Workplace | None
     output: CheckpointWriter | None
     record: Record
@@ -192,7 +190,7 @@ def open_session(
         )
         with torch.no_grad(), evaluating(job.stack.model):
             try:
-                yield Session(run, job, samples, held_out, placement, place, output, record, beside)
+                yield Session(run, job, samples, held_out, place, output, record, beside)
             except NumericalError:  # fails again: there is nothing to go on with
                 if place is not None:
                     place.discard()

@@ -211,9 +211,7 @@ class Service:
         if wanted is not None and wanted.type != "text":
             described = wanted.json_schema
             schema = {"type": "object"} if described is None else described.schema_
-            grammar = of_schema(
-                schema, strict=described is not None and described.strict is True, param="response_format"
-            )
+            grammar = of_schema(schema, strict=described is not None and described.strict is True)
             return self.grammars.form(grammar, "response_format")
         if not asked.tools or asked.tool_choice == "none":
             return None

@@ -21,14 +21,16 @@ def bounded(schema: dict[str, Any], strict: bool) -> dict[str, Any]:
     return schema | {"x-guidance": {"whitespace_pattern": _SPACES, "lenient": not strict}}
 
 
-def of_schema(schema: dict[str, Any], strict: bool, param: str) -> str:
-    """The grammar of JSON that a schema describes; `param` is the field it came from."""
+def of_schema(schema: dict[str, Any], strict: bool) -> str:
+    """The grammar of JSON that a schema of `response_format` describes."""
     from llguidance import LLMatcher
 
     try:
         return str(LLMatcher.grammar_from_json_schema(bounded(schema, strict)))
     except ValueError as error:  # half of a character
-        raise Refused(f"'{param}' cannot be read: {one_line(error)}", param=param) from None
+        raise Refused(
+            f"'response_format' cannot be read: {one_line(error)}", param="response_format"
+        ) from None
 
 
 class Grammars:
